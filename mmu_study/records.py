@@ -17,7 +17,7 @@ from datasets import Dataset, Features, Image, List, Value
 
 from .settings import InputError
 
-# %% ../nbs/core/00_records.ipynb #ca3b8c65
+# %% ../nbs/core/00_records.ipynb #860b555b
 ROLES = ("forget", "retain", "test", "real", "general", "holdout")
 FOLDS = ("train", "validation", "test")
 MODALITIES = ("vqa", "qa")
@@ -27,6 +27,7 @@ LETTERS = "ABCD"
 
 FEATURES = Features(dict(
     uid=Value("string"), entity=Value("string"), name=Value("string"), role=Value("string"), fold=Value("string"),
+    unseen=Value("bool"),
     modality=Value("string"), task=Value("string"), fact=Value("string"), kind=Value("string"), image=Image(), view=Value("int32"),
     question=Value("string"), answer=Value("string"), value=Value("string"), options=List(Value("string"))))
 
@@ -76,7 +77,7 @@ def thin(
     kept = shuffled.groupby(["role", "entity", "modality", "task", "fact"], sort=False).head(per_fact)
     return records.select(np.sort(kept.index.to_numpy()))
 
-# %% ../nbs/core/00_records.ipynb #817be660
+# %% ../nbs/core/00_records.ipynb #112f39d3
 @dataclass(frozen=True)
 class ForgetRequest:
     "What a method may see: training records of the people to forget and of those to retain."
@@ -108,8 +109,10 @@ class Split:
 
     @cached_property
     def score(self) -> Dataset:
-        "What is scored: the train questions of the forget people (as the benchmarks do) and the test fold of every role."
-        return where(self.records.select(np.flatnonzero(((m := table(self.records)).fold == "test") | ((m.role == "forget") & (m.fold == "train")))))
+        "What is scored: the test fold; people who are not to be forgotten by their unseen questions where they have any."
+        meta = table(self.records)
+        has_unseen = meta.entity.isin(meta.entity[(meta.fold == "test") & meta.unseen])
+        return self.records.select(np.flatnonzero((meta.fold == "test") & (meta.unseen | ~has_unseen | (meta.role == "forget"))))
 
     @cached_property
     def validation(self) -> Dataset:
@@ -141,9 +144,9 @@ def with_roles(
     records: Dataset,
     forget: Iterable[str],  # entities to forget
 ) -> Dataset:
-    "Records of the `retain` people with those of `forget` turned into `forget` (train, validation) and `test` (test fold)."
+    "Give the people to forget their roles: `test` for unseen questions of the test fold, `forget` for all others."
     meta, forget = table(records), set(forget)
     theirs = meta.entity.isin(forget) & meta.role.isin(["retain", "forget", "test"])
-    role = np.where(theirs, np.where(meta.fold == "test", "test", "forget"), meta.role)
+    role = np.where(theirs, np.where((meta.fold == "test") & meta.unseen, "test", "forget"), meta.role)
     at = records.column_names.index("role")
     return records.remove_columns("role").add_column("role", role.tolist(), feature=FEATURES["role"]).select_columns(list(FEATURES))

@@ -1,0 +1,61 @@
+# `make study` and `make test` need Python 3.11 or newer and make; they create .venv on first use.
+# Another environment (conda, a container) is used with `make study BIN=/path/to/its/bin`: then nothing is installed.
+PYTHON ?= python3
+PRESET ?= quick
+STUDY ?= nbs/studies/39_first_look.ipynb
+README ?= README.md
+BIN := .venv/bin
+READY := $(if $(filter .venv/bin,$(BIN)),.venv/.stamp)
+
+# Idle OpenMP threads must not spin: with the default, parallel workers on two cores are 20 to 50 times slower.
+export OMP_WAIT_POLICY = PASSIVE
+export TOKENIZERS_PARALLELISM = false
+# An environment that is not .venv need not have this package installed.
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help study test pytest notebooks readme export clean-notebooks lab
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' Makefile
+
+study: $(READY) ## make the world, train, unlearn, score, draw the figures (PRESET=smoke|quick|full)
+	$(BIN)/python -m mmu_study.runs $(STUDY) -p preset $(PRESET)
+
+test: pytest notebooks ## all tests
+
+pytest: export HF_HUB_OFFLINE = 1
+pytest: $(READY) ## the tests in tests/
+	$(BIN)/python -m pytest tests
+
+notebooks: export HF_HUB_OFFLINE = 1
+notebooks: $(READY) ## run every notebook; its cells hold the unit tests
+	$(BIN)/nbdev-test nbs --n-workers 2 --timing
+
+readme: $(READY) ## write README.md from nbs/index.ipynb
+	@# cells marked `#| hide` are left out, so are directives; links that lead from nbs/ to the root lead from the root
+	sed 's/"kernelspec": {/"language_info": {"name": "python"}, &/' nbs/index.ipynb \
+	| $(BIN)/jupyter-nbconvert --log-level ERROR --to markdown --stdin --stdout --RegexRemovePreprocessor.patterns='#\| *(hide|default_exp)' \
+	| sed -E -e '/^#\| /d' -e 's#(\]\(|src="|href=")\.\./#\1#g' -e 's/[[:space:]]+$$//' | cat -s > $(README).partial
+	@mv $(README).partial $(README)
+
+export: $(READY) ## write mmu_study/ from the notebooks
+	$(BIN)/nbdev-export
+
+clean-notebooks: $(READY) ## remove metadata and counters from the notebooks, keep their outputs
+	$(BIN)/nbdev-clean
+
+lab: $(READY) ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab nbs
+
+.venv/.stamp: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'mmu_study needs Python 3.11 or newer, and "$(PYTHON)" is not; name one: make PYTHON=python3.12 ...' >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	@echo 'Installing $(shell grep -c == requirements.lock) packages into .venv: a few minutes, once.'
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
+	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@

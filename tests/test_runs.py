@@ -1,0 +1,192 @@
+"Runs: guards before, one folder per run, nothing half-written after a kill, one sentence for what is refused."
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import psutil
+import pytest
+
+import mmu_study
+from mmu_study import runs
+from mmu_study.settings import InputError
+
+SETTINGS = "seed: int = 0  # which world\nlr: float = 1e-3\nmode: str = 'fast'"
+DIR = "import os, pathlib\nfolder = pathlib.Path(os.environ['MMU_STUDY_RUN_DIR'])"
+
+@pytest.fixture(autouse=True)
+def project(tmp_path, monkeypatch):
+    "A project folder of its own; `data/runs` is below it."
+    monkeypatch.setenv("MMU_STUDY_ROOT", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(Path(mmu_study.__file__).parents[1]))
+    monkeypatch.delenv("MMU_STUDY_RUN_DIR", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+def notebook(path, *code, settings=SETTINGS, tags=("parameters",)):
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in (settings, *code)])
+    nb.cells[0].metadata["tags"] = list(tags)
+    nb.metadata["kernelspec"] = dict(name="python3", language="python", display_name="Python 3")
+    nbformat.write(nb, path)
+    return path
+
+def command(*args, **kw):
+    return subprocess.Popen([sys.executable, "-m", "mmu_study.runs", *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+
+def finished(process):
+    "Exit code, standard output and the sentence on standard error (what comes before it is how far the run was)."
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, [*err.splitlines(), ""][:-1][-1:]
+
+def folders(path): return sorted(p.name for p in (path/"data/runs").glob("[!.]*"))
+
+def until(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(.05)
+
+def started(folder):
+    "The kernel's process, once the notebook has written its id there."
+    until(lambda: (folder/"started").exists() and (folder/"started").read_text())
+    return psutil.Process(int((folder/"started").read_text()))
+
+def ended(process): return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+# Parameters and keys: no kernel is started
+
+def test_parameters_are_read_with_default_type_and_help(tmp_path):
+    found = runs.parameters_of(notebook(tmp_path/"a.ipynb", settings="names: list[str] = ['a#1', 'é']  # with # inside\nlimit: int | None = None\nfree = 2.5\nshift: float = -1"))
+    assert found["names"] == runs.Parameter("names", ["a#1", "é"], "list[str]", "with # inside")
+    assert (found["limit"].default, found["free"].type, found["shift"].default) == (None, "float", -1)
+
+@pytest.mark.parametrize("tags", [(), ("other",)])
+def test_a_missing_tag_is_refused(tmp_path, tags):
+    with pytest.raises(InputError, match="no cells tagged 'parameters'"): runs.execute(notebook(tmp_path/"a.ipynb", tags=tags))
+    assert folders(tmp_path) == []
+
+def test_two_tags_code_in_the_cell_and_no_notebook_are_refused(tmp_path):
+    twice = nbformat.read(notebook(tmp_path/"a.ipynb", "x = 1"), 4)
+    twice.cells[1].metadata["tags"] = ["parameters"]
+    nbformat.write(twice, tmp_path/"a.ipynb")
+    with pytest.raises(InputError, match="2 cells tagged"): runs.parameters_of(tmp_path/"a.ipynb")
+    for bad in ("n = 2*3", "import os", "a, b = 1, 2", "n: int"):
+        with pytest.raises(InputError, match="only lines such as"): runs.parameters_of(notebook(tmp_path/"b.ipynb", settings=bad))
+    with pytest.raises(InputError, match="not plain Python"): runs.parameters_of(notebook(tmp_path/"c.ipynb", settings="%matplotlib inline"))
+    with pytest.raises(InputError, match="There is no notebook"): runs.parameters_of(tmp_path/"none.ipynb")
+    (tmp_path/"text.ipynb").write_text("no json")
+    with pytest.raises(InputError, match="not a Jupyter notebook"): runs.parameters_of(tmp_path/"text.ipynb")
+
+@pytest.mark.parametrize("given, says", [
+    (dict(sed=1), "no parameter 'sed'; it has seed, lr, mode"), (dict(seed="1"), "must be int; '1' is str"), (dict(seed=True), "must be int; True is bool"),
+    (dict(seed=1.5), "must be int"), (dict(lr="high"), "must be float"), (dict(mode=3), "must be str"), (dict(lr=Path("x")), "no JSON value")])
+def test_unknown_names_and_wrong_types_are_refused(tmp_path, given, says):
+    with pytest.raises(InputError, match=says): runs.execute(notebook(tmp_path/"a.ipynb"), given)
+    assert folders(tmp_path) == []
+
+def test_the_key_holds_what_a_run_depends_on(tmp_path, monkeypatch):
+    path = notebook(tmp_path/"a.ipynb", "seed + 1")
+    key = runs.run_key(path)
+    assert key == runs.run_key(path, dict(seed=0, lr=0.001, mode="fast"))  # defaults are filled in
+    assert runs.run_key(path, dict(lr=1)) == runs.run_key(path, dict(lr=1.0)) != key
+    assert key != runs.run_key(notebook(tmp_path/"b.ipynb", "seed + 2"))
+    assert key != runs.run_key(notebook(tmp_path/"c.ipynb", "seed + 1", settings=SETTINGS.replace("0", "1", 1)))
+    nb = nbformat.read(path, 4)
+    nb.cells.append(nbformat.v4.new_markdown_cell("prose"))
+    nb.cells[1].update(id="other", execution_count=3, outputs=[nbformat.v4.new_output("stream", text="1")])
+    nbformat.write(nb, path)
+    assert key == runs.run_key(path)  # outputs, ids and prose are not what a result depends on
+    monkeypatch.setattr(runs, "_library", lambda: "changed")
+    assert key != runs.run_key(path)
+
+def test_the_import_is_light():
+    code = "import sys, mmu_study.runs; print([m for m in ('torch', 'transformers', 'papermill') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"
+
+# Scores
+
+def test_scores_are_checked_and_joined_with_the_parameters(tmp_path):
+    df = pd.DataFrame([dict.fromkeys(runs.SCORE_COLUMNS, "x") | dict(view=0, value=.5, step=20, method="ga")])
+    runs.save_scores(df, tmp_path)
+    run = runs.Run("k", tmp_path, dict(parameters=dict(seed=3, method="all", grid=[1, 2])))
+    assert run.scores().equals(df.assign(seed=3))
+    assert [p.name for p in tmp_path.glob(".partial*")] == []
+    with pytest.raises(InputError, match="lack the column uid"): runs.save_scores(df.drop(columns="uid"), tmp_path)
+    with pytest.raises(InputError, match="has no scores.parquet"): runs.load_scores(tmp_path/"none")
+
+# Execution: a kernel takes a second or two to start
+
+def test_a_run_is_made_once_and_shown_in_its_source(tmp_path, monkeypatch):
+    other = tmp_path/"jupyter/kernels/python3/kernel.json"  # a kernel of the usual name that is another program is not used
+    other.parent.mkdir(parents=True)
+    other.write_text(json.dumps(dict(argv=["false"], display_name="Python 3", language="python")))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path/"jupyter"))
+    path = notebook(tmp_path/"toy.ipynb", "from mmu_study.runs import run_dir\n(run_dir()/'made').write_text(mode)",
+        "import os, sys\nsys.stderr.write('noise')\nprint(sys.executable, os.environ['OMP_WAIT_POLICY'], os.getcwd())\nseed")
+    run = runs.execute(path, dict(seed=4), progress=False)
+    assert (run.skipped, run.path, (run.path/"made").read_text()) == (False, tmp_path/"data/runs"/run.key, "fast")
+    assert run.info == json.loads((run.path/"run.json").read_text()) and run.info["parameters"] == dict(seed=4, lr=1e-3, mode="fast")
+    assert set(run.info) == {"notebook", "parameters", "key", "seconds", "finished", *runs.provenance()} and run.info["commit"] is None
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in run.path.iterdir())
+    again = runs.execute(path, dict(seed=4, mode="fast"), progress=False)
+    assert again.skipped and again.info == run.info and before == sorted((p.name, p.stat().st_mtime_ns) for p in run.path.iterdir())
+    runs.show_outputs(run, path)
+    shown = nbformat.read(path, 4)
+    assert [c.source for c in shown.cells][0] == SETTINGS and len(shown.cells) == 3
+    assert [o.output_type for o in shown.cells[2].outputs] == ["stream", "execute_result"]  # without stderr
+    assert shown.cells[2].outputs[0].text == f"{sys.executable} PASSIVE {tmp_path}\n" and shown.cells[2].outputs[1].data["text/plain"] == "4"
+    assert runs.run_key(path, dict(seed=4)) == run.key
+    with pytest.raises(InputError, match="has changed since the run"): runs.show_outputs(run, notebook(tmp_path/"toy.ipynb", "seed + 1"))
+
+def test_a_failing_notebook_leaves_no_run(tmp_path):
+    path = notebook(tmp_path/"bad.ipynb", "print('so far')", "raise KeyError('two\\nlines')", "print('never')")
+    with pytest.raises(runs.RunFailed, match=r"^bad.ipynb failed: KeyError: 'two\\nlines' \(executed up to there: .*\)\.$") as e: runs.execute(path, progress=False)
+    assert folders(tmp_path) == ["failed"] and e.value.copy == tmp_path/f"data/runs/failed/{runs.run_key(path)}.ipynb"
+    assert "so far" in e.value.copy.read_text() and [*(tmp_path/"data/runs").glob(".partial*")] == []
+
+def test_a_kernel_that_dies_and_one_that_takes_too_long(tmp_path):
+    with pytest.raises(runs.RunFailed, match="DeadKernel"): runs.execute(notebook(tmp_path/"a.ipynb", "import os; os._exit(9)"), progress=False)
+    with pytest.raises(runs.RunFailed, match="more than 2 seconds"): runs.execute(notebook(tmp_path/"b.ipynb", "import time; time.sleep(60)"), progress=False, timeout=2)
+    assert folders(tmp_path) == ["failed"]
+
+def test_exit_codes_and_sentences(tmp_path, monkeypatch, capsys):
+    good, untagged = notebook(tmp_path/"a.ipynb"), notebook(tmp_path/"b.ipynb", tags=())
+    failing = notebook(tmp_path/"c.ipynb", "from mmu_study.settings import InputError\nraise InputError('forget_pct 0 selects nobody.')")
+    processes = command(failing), command(good, "-p", "sed", 1)
+    assert finished(processes[0]) == (1, "", ["forget_pct 0 selects nobody."])  # the sentence of the notebook is the message
+    assert finished(processes[1]) == (2, "", ["a.ipynb has no parameter 'sed'; it has seed, lr, mode."])
+    assert folders(tmp_path) == ["failed"]
+    for path, value, says in ((good, "many", "Parameter 'seed' of a.ipynb must be int; 'many' is str."), (good, "[", "The value '[' is not YAML."),
+            (untagged, "1", "b.ipynb has no cells tagged 'parameters'; exactly one code cell must carry the tag.")):
+        monkeypatch.setattr(sys, "argv", ["runs", str(path), "-p", "seed", value])
+        with pytest.raises(SystemExit) as e: runs.main()
+        assert e.value.code == 2 and capsys.readouterr().err == says + "\n"
+
+def test_kill_9_in_the_middle_and_the_same_command_again(tmp_path):
+    path = notebook(tmp_path/"a.ipynb", DIR, "(folder/'half').write_text('half')\nif not (started := pathlib.Path('started')).exists():\n"
+        "    started.write_text(str(os.getpid()))\n    import time; time.sleep(60)", "(folder/'half').write_text('whole')")
+    first = command(path, "-p", "lr", "1e-4", start_new_session=True)
+    kernel = started(tmp_path)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    until(lambda: ended(kernel), 5)  # nothing goes on behind it
+    assert folders(tmp_path) == []
+    code, out, _ = finished(command(path, "-p", "lr", "1e-4"))
+    key = runs.run_key(path, dict(lr=1e-4))
+    assert code == 0 and out.startswith("a: executed in") and out.endswith(f"data/runs/{key}\n")
+    assert folders(tmp_path) == [key] and (tmp_path/"data/runs"/key/"half").read_text() == "whole"
+    assert [*(tmp_path/"data/runs").glob(".partial*")] == []
+
+def test_an_interruption_ends_the_kernel_and_leaves_nothing(tmp_path):
+    path = notebook(tmp_path/"a.ipynb", "import os, pathlib, time\npathlib.Path('started').write_text(str(os.getpid()))\ntime.sleep(60)")
+    process = command(path)
+    kernel = started(tmp_path)
+    process.terminate()
+    process.communicate(timeout=10)
+    assert process.returncode == 143 and folders(tmp_path) == [] and [*(tmp_path/"data/runs").glob(".partial*")] == []
+    until(lambda: ended(kernel), 5)
+
+def test_two_processes_execute_once(tmp_path):
+    path = notebook(tmp_path/"a.ipynb", "with open('log', 'a') as f: f.write('run\\n')\nimport time; time.sleep(1)")
+    done = [finished(p) for p in [command(path), command(path)]]
+    assert [code for code, *_ in done] == [0, 0] and (tmp_path/"log").read_text() == "run\n"
+    assert sorted(out.split()[1] for _, out, _ in done) == ["executed", "skipped,"]
