@@ -7,16 +7,20 @@ __all__ = ['PALETTE', 'ATTRIBUTES', 'SCENE', 'GEOMETRY', 'FACTS', 'FIRST', 'LAST
            'WORDING_OF', 'VALUES', 'PRESETS', 'draw_attributes', 'draw_geometry', 'draw_scenes', 'render',
            'draw_people', 'Wording', 'Faceworld', 'caption']
 
-# %% ../nbs/core/01_faceworld.ipynb #5f0be96f
+# %% ../nbs/core/01_faceworld.ipynb #5c42f980
 import io, json
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from datasets import Dataset
+import pyarrow.parquet as pq
+from datasets import Dataset, Features, List, Value
+from datasets import Image as Picture
+from fastcore.basics import patch
 from PIL import Image
 
 from .records import LETTERS, Split, choose_people, to_records, where, with_roles
@@ -366,3 +370,80 @@ def caption(
 ) -> str:
     "All that can be seen, as densely as possible: learning to write this is what makes the language model read the image tokens."
     return " ".join(looks[k] for k in (*ATTRIBUTES, *SCENE)) + "."
+
+# %% ../nbs/core/01_faceworld.ipynb #0f98dd58
+_STRING = Value("string")
+_CHOICE = List(dict(Correct_Answer=_STRING, Options=dict.fromkeys(LETTERS, _STRING), Question=_STRING))
+_FREE = List(dict(Ground_Truth=_STRING, Question=_STRING, Type=_STRING))
+_ASKED = dict(biography=_STRING, question=_STRING, answer=_STRING,
+    Classification_Task=dict(Image_Textual_Questions=_CHOICE, Pure_Text_Questions=_CHOICE), Generation_Task=_FREE, Mask_Task=_FREE)
+_MLLMU = dict(  # columns of MLLMU-Bench by kind of row
+    # Full_Set and Retain_Set: the dataset card (revision e91a01e) lists `Directory` for both
+    full=Features(image=Picture(), ID=_STRING, Directory=_STRING, **_ASKED),
+    profile=Features(image=Picture(), ID=_STRING, **_ASKED),
+    test=Features(images=List(dict(bytes=Value("binary"), path=_STRING)), ID=_STRING, **_ASKED),
+    train=Features(image=Picture(), ID=_STRING, metadata=_STRING))
+
+def _mllmu_tasks(records: list[dict]) -> dict:
+    "The three task columns of MLLMU-Bench, questions in the order of the records."
+    of = lambda task, *modalities: [r for r in records if r["task"] == task and r["modality"] in modalities]
+    choice = lambda r: dict(Correct_Answer=r["answer"], Options=dict(zip(LETTERS, r["options"])), Question=r["question"])
+    free = lambda r: dict(Ground_Truth=r["answer"], Question=r["question"], Type=dict(vqa="Image_Textual", qa="Pure_Text")[r["modality"]])
+    return dict(
+        Classification_Task=dict(Image_Textual_Questions=[choice(r) for r in of("classification", "vqa")], Pure_Text_Questions=[choice(r) for r in of("classification", "qa")]),
+        Generation_Task=[free(r) for r in of("generation", "vqa", "qa")], Mask_Task=[free(r) for r in of("cloze", "vqa", "qa")])
+
+def _mllmu_person(ID: str, person: pd.Series, records: list[dict]) -> dict[str, dict]:
+    "What the configs hold of one person: a row of each kind."
+    profile, test = ([r for r in records if r["fold"] == "test" and r["unseen"] == unseen] for unseen in (False, True))
+    views = lambda rows: {r["view"]: r["image"]["bytes"] for r in rows if r["modality"] == "vqa"}  # in the order in which they are first asked about
+    image = dict(bytes=views(profile)[0], path=f"{ID}.png")
+    say = lambda *facts: " ".join(_capital(WORDINGS[f].say.format(s=person["name"], v=person[f])) for f in facts)
+    biography = {"Name": person["name"], "Employment": person.occupation, "Residence": person.home, "Fun Facts": say("hobby", "food", "pet"), "Description": say(*FACTS)}
+    pairs = dict.fromkeys((r["question"], r["answer"]) for r in records if r["fold"] == "train" and r["modality"] == "vqa" and r["task"] == "generation")
+    full = dict(image=image, ID=ID, Directory=person.entity, biography=json.dumps(biography), question=_capital(WORDINGS["name"].ask[0].format(s="this person")), answer=say(*FACTS))
+    return dict(full={**full, **_mllmu_tasks(profile)}, train=dict(image=image, ID=ID, metadata=json.dumps([dict(Question=q, Answer=a) for q, a in pairs])),
+        test={**full, **_mllmu_tasks(test), "images": [dict(bytes=b, path=f"{ID}_pose{i}_gen1.png") for i, b in enumerate(views(test).values())]})
+
+def _write_configs(folder: Path, configs: dict[str, tuple[Features, list[dict]]], note: str):
+    "One parquet file a config, and the README that tells `load_dataset` and the hub where each config is."
+    for name, (features, rows) in configs.items():
+        (folder/name).mkdir(parents=True)
+        pq.write_table(Dataset.from_list([{c: r[c] for c in features} for r in rows], features=features).data.table, folder/name/"train-00000-of-00001.parquet")
+    listed = "".join(f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/train-*\n" for name in configs)
+    (folder/"README.md").write_text(f"---\nconfigs:\n{listed}---\n\n{note}\n")
+
+def _export_mllmu(world: "Faceworld", folder: Path, seed: int):
+    kept = (r for r in _people_rows(world) if r["role"] != "holdout" and r["kind"] == "identity" and r["fold"] != "validation")
+    people = world.population.set_index("entity", drop=False)
+    rows = {entity: _mllmu_person(str(i), people.loc[entity], list(records)) for i, (entity, records) in enumerate(groupby(kept, lambda r: r["entity"]))}
+    fictitious = [e for e in rows if people.group[e] == "fictitious"]
+    config = lambda kind, entities, row=None: (_MLLMU[kind], [rows[e][row or kind] for e in entities])
+    configs = dict(Full_Set=config("full", fictitious), ft_Data=config("train", fictitious), Test_Set=config("test", fictitious), Retain_Set=config("full", [e for e in rows if e not in fictitious]))
+    training = {}
+    for pct in (5, 10, 15):
+        chosen = choose_people(fictitious, pct, seed)
+        for name, part in ((f"forget_{pct}", [e for e in fictitious if e in chosen]), (f"retain_{100 - pct}", [e for e in fictitious if e not in chosen])):
+            configs[name], training[name] = config("profile", part, "full"), config("train", part)
+    note = f"An embedded world of rendered people in the schema of MLLMU-Bench; nobody is real. Settings: `{world}`; people to forget: seed {seed}."
+    _write_configs(folder, configs, note)
+    _write_configs(folder/"baseline_train_split", training, note)
+
+_SCHEMAS = dict(mllmu=_export_mllmu)
+
+@patch
+def export(
+    self: Faceworld,
+    folder,  # to be made; an earlier export there is replaced, once the new one is complete
+    schema: str = "mllmu",  # whose columns: `mllmu` is MLLMU-Bench
+    seed: int = 0,  # who is forgotten, as in `Faceworld.split`
+) -> Path:
+    """Write the world as parquet in the columns of a public benchmark. Exported are the identity questions of celebrities and fictitious
+    people: test fold, and as training pairs the generation questions with a picture. Perception, strangers, world facts,
+    holdout people and the validation fold have no place in that schema. `InputError` for an unknown schema, a folder that holds
+    something else, or a percentage (5, 10, 15) that selects nobody."""
+    folder = Path(folder)
+    if schema not in _SCHEMAS: raise InputError(f"There is no export schema {schema!r}; choose one of {', '.join(_SCHEMAS)}.")
+    if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not (folder/"Full_Set").is_dir(): raise InputError(f"{str(folder)!r} holds something that is no export; choose a new folder.")
+    with atomic_dir(folder) as partial: _SCHEMAS[schema](self, partial, seed)
+    return folder
