@@ -117,11 +117,11 @@ def _check_folder(folder: Path):
     if pickles: raise InputError(f"{folder} holds its weights as pickle ({', '.join(sorted(pickles))}), which can run any code; convert them to safetensors first.")
     raise InputError(f"{folder} holds no weights; a *.safetensors file is needed.")
 
-# %% ../nbs/core/03_models.ipynb #a7fde7d3
-CHAT_TEMPLATE = (
+# %% ../nbs/core/03_models.ipynb #19d67da6
+CHAT_TEMPLATE = (  # USER: <image> question⏎ASSISTANT: answer</s>USER: …
     "{% for message in messages %}{{ message['role'].upper() + ':' }}"
-    "{% for part in message['content'] %}{{ ' <image>' if part['type'] == 'image' else ' ' + part['text'] }}{% endfor %}{{ '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}")
+    "{% for part in message['content'] %}{{ ' <image>' if part['type'] == 'image' else ' ' + part['text'] }}{% endfor %}"
+    "{{ '\n' if message['role'] == 'user' else '</s>' }}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}")
 
 @dataclass(frozen=True)
 class TinyLlava:
