@@ -2,6 +2,7 @@
 # Another environment (conda, a container) is used with `make study BIN=/path/to/its/bin`: then nothing is installed.
 PYTHON ?= python3
 PRESET ?= quick
+FORGET_PCT ?= 10
 STUDY ?= nbs/studies/39_first_look.ipynb
 README ?= README.md
 BIN := .venv/bin
@@ -23,7 +24,7 @@ help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' Makefile
 
 study: $(READY) ## make the world, train, unlearn, score, draw the figures (PRESET=smoke|quick|full)
-	$(BIN)/python -m mmu_study.runs $(STUDY) -p preset $(PRESET)
+	$(BIN)/python -m mmu_study.runs $(STUDY) -p world $(PRESET) -p forget_pct $(FORGET_PCT) -p publish true
 
 test: pytest notebooks ## all tests
 

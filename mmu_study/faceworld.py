@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'ATTRIBUTES', 'SCENE', 'GEOMETRY', 'FACTS', 'FIRST', 'LAST', 'CAPITALS', 'WORDINGS', 'LOOKS', 'LOOK_WORDS',
-           'WORDING_OF', 'VALUES', 'PRESETS', 'draw_attributes', 'draw_geometry', 'draw_scenes', 'render',
+           'WORDING_OF', 'VALUES', 'EDITION', 'PRESETS', 'draw_attributes', 'draw_geometry', 'draw_scenes', 'render',
            'draw_people', 'Wording', 'Faceworld', 'caption']
 
-# %% ../nbs/core/01_faceworld.ipynb #00c721ce
+# %% ../nbs/core/01_faceworld.ipynb #4ea6152d
 import io, json
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, List, Value, load_from_disk
 from datasets import Image as Picture
 from fastcore.basics import patch
 from PIL import Image
 
 from .records import LETTERS, SHORT, Split, choose_people, to_records, where, with_roles
-from .settings import InputError, atomic_dir, key_of
+from .settings import InputError, atomic_dir, build_once, key_of, path_of
 
 # %% ../nbs/core/01_faceworld.ipynb #1d2eb37d
 PALETTE = dict(
@@ -54,7 +54,7 @@ def draw_scenes(rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
     return dict(dx=u(-.10, .10), dy=u(-.07, .07), scale=u(.84, 1.04), tilt=u(-.16, .16), light=u(.80, 1.12), side=u(-.12, .12), smile=u(-.5, 1.),
         shirt=rng.integers(len(SCENE["shirt"]), size=n), background=rng.integers(len(SCENE["background"]), size=n), grain=rng.integers(2**31, size=n))
 
-# %% ../nbs/core/01_faceworld.ipynb #b4f03702
+# %% ../nbs/core/01_faceworld.ipynb #130b451d
 def render(
     attributes: np.ndarray,  # [n, 6] indices into `ATTRIBUTES`
     geometry: np.ndarray,  # [n, 6]
@@ -87,7 +87,7 @@ def render(
         nonlocal img
         img += np.broadcast_to(alpha, x.shape)[..., None]*(color - img)
 
-    hair, skin = paint("hair", who["hair"]), paint("skin", who["skin"])
+    hair, skin, ink = paint("hair", who["hair"]), paint("skin", who["skin"]), np.array([35, 20, 20], np.float32)
     fw, fl = .44 + .045*wide, .54 + .04*long  # half width and half length of the face
     # hair behind the head
     put(is_("style", "long")*cover(np.minimum(ellipse(0, -.1, fw + .19, .68), box(0, .4, fw + .17, .5))), hair)
@@ -104,8 +104,10 @@ def render(
     put(cover(face), skin)
     # beard, before the mouth
     full = np.maximum(face - .02, .20 - y - .35*np.abs(x))
-    put(is_("beard", "full")*cover(full), hair*.85)
-    put(is_("beard", "goatee")*cover(ellipse(0, .53, .15, .14)), hair*.85)
+    put(is_("beard", "full")*cover(full - .02), ink)  # an outline: brown hair on brown skin would be invisible
+    put(is_("beard", "full")*cover(full + .03), hair)
+    put(is_("beard", "goatee")*cover(ellipse(0, .54, .19, .16)), ink)
+    put(is_("beard", "goatee")*cover(ellipse(0, .54, .155, .125)), hair)
     # fringe
     fringe = np.maximum(ellipse(0, -.02, fw + .05, fl + .08), y + .24 + .25*x**2)
     put(cover(fringe), hair)
@@ -120,7 +122,8 @@ def render(
     curve = .12*col(scene["smile"])*(x**2*14 - .4)
     lips = ellipse(0, .37, .15 + .03*mouth, .05)
     put(cover(np.where(np.abs(x) < .3, np.maximum(np.abs(y - .37 + curve) - .042, np.abs(x) - .15 - .03*mouth), lips)), np.array([180, 70, 75], np.float32))
-    put(is_("beard", "moustache")*cover(ellipse(0, .285, .20, .055)), hair*.8)
+    put(is_("beard", "moustache")*cover(ellipse(0, .275, .27, .08)), ink)
+    put(is_("beard", "moustache")*cover(ellipse(0, .275, .245, .052)), hair)
     # glasses: rings
     for sign in (-1, 1):
         ring = np.abs(ellipse(sign*ex, .03, .175, .165)) - .028
@@ -202,7 +205,9 @@ VALUES = FACTS | dict(capital=list(CAPITALS.values())) | {
 
 def _capital(text: str) -> str: return text[0].upper() + text[1:]
 
-# %% ../nbs/core/01_faceworld.ipynb #c39461ff
+# %% ../nbs/core/01_faceworld.ipynb #5e623223
+EDITION = 1  # counts up when the same settings give other pictures or words, so that caches of an older edition are not read
+
 @dataclass(frozen=True)
 class Faceworld:
     "The settings of a world; equal settings give the same people, pictures and questions."
@@ -228,7 +233,7 @@ class Faceworld:
         return cls(**{**PRESETS[name], **changes})
 
     @property
-    def key(self) -> str: return key_of(self)
+    def key(self) -> str: return key_of(self, EDITION)
 
     @cached_property
     def population(self) -> pd.DataFrame:
@@ -254,6 +259,18 @@ class Faceworld:
         pictures = render(faces, shapes, scenes, self.size).reshape(n, v, self.size, self.size, 3)
         return pictures, {k: s.reshape(n, v) for k, s in scenes.items()}
 
+    def portrait(
+        self,
+        entity: str,
+        view: int = 0,
+        size: int = 160,  # pixels a side: a large picture for readers
+    ) -> np.ndarray:  # [size, size, 3] uint8
+        "One picture of a named person at any size."
+        found = np.flatnonzero(self.population.entity == entity)
+        if not len(found): raise InputError(f"There is nobody called {entity!r} in this world; entities are {self.population.entity[0]} to {self.population.entity.iloc[-1]}.")
+        p, scene = found[0], {k: s[found[0], [view]] for k, s in self.portraits[1].items()}
+        return render(*(np.stack(self.population[c])[[p]] for c in ("attributes", "geometry")), scene, size)[0]
+
     def draw_strangers(
         self,
         rng: np.random.Generator,
@@ -267,8 +284,9 @@ class Faceworld:
 
     @cached_property
     def records(self) -> Dataset:
-        "Every question of this world; the fictitious people have the role `retain`."
-        return to_records([*_people_rows(self), *_general_rows(self)])
+        "Every question of this world, made once and kept in the cache; the fictitious people have the role `retain`."
+        make = lambda folder: to_records([*_people_rows(self), *_general_rows(self)]).save_to_disk(folder, num_proc=None)
+        return load_from_disk(build_once(path_of("cache")/f"world-{self.key}", make))
 
     def split(
         self,
