@@ -124,7 +124,7 @@ def finetune(
     accelerator.free_memory()
     return pd.DataFrame(log)
 
-# %% ../nbs/core/05_training.ipynb #bd731821
+# %% ../nbs/core/05_training.ipynb #b8dddedc
 @dataclass(frozen=True)
 class Schooling:
     "The recipes of the stages."
@@ -138,9 +138,9 @@ class Schooling:
     def of(cls, world: Faceworld) -> "Schooling":
         "Steps grow with what there is to learn."
         return cls(TinyLlava(image_size=world.size),
-            vision=Recipe(steps=max(200, world.strangers//8), lr=1e-2, seed=world.seed),
-            captions=Recipe(steps=max(100, world.strangers//15), lr=5e-3, seed=world.seed),
-            base=Recipe(steps=world.strangers//12 + 8*world.celebrities, lr=5e-3, turns=6, seed=world.seed),
+            vision=Recipe(steps=max(150, world.strangers//8), lr=1e-2, seed=world.seed),
+            captions=Recipe(steps=max(90, world.strangers//15), lr=5e-3, seed=world.seed),
+            base=Recipe(steps=max(120, world.strangers//12 + 8*world.celebrities), lr=5e-3, turns=6, seed=world.seed),
             people=Recipe(steps=80 + 5*world.people, lr=4e-3, turns=6, seed=world.seed))
 
 def teach_vision(

@@ -98,6 +98,15 @@ def test_a_run_is_deterministic_and_a_watched_one_the_same(mllm, request_, name,
     assert changed(weights_of(first.mllm), replace(method, seed=1).unlearn(mllm, request_).mllm)
 
 @each_method
+def test_watching_leaves_dropout_alone(mllm, request_, name):
+    "In a model with dropout every step draws random numbers, so a watcher that draws some must not move them on."
+    noisy = mllm.copy()
+    for layer in noisy.model.model.language_model.layers: layer.self_attn.attention_dropout = .3
+    method = small(name, lr=1e-3)
+    alone, watched = (method.unlearn(noisy, request_, watch=w, watch_at=(0, 1) if w else ()) for w in (None, lambda step, m: torch.rand(3)))
+    assert changed(weights_of(alone.mllm), watched.mllm) == set() and changed(weights_of(alone.mllm), method.unlearn(mllm, request_).mllm)
+
+@each_method
 @full_and_lora
 def test_numbers_that_are_not_finite_stop_the_run(mllm, request_, name, weights):
     sick, rng = mllm.copy(), rng_states()
