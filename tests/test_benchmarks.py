@@ -24,7 +24,7 @@ def study(tmp_path_factory):
         yield root
 
 @pytest.fixture(scope="module")
-def world(): return Faceworld.preset("smoke", strangers=20, test_repeats=3)  # 18 questions a task on 4 test pictures: the round goes on across tasks
+def world(): return Faceworld.preset("smoke", celebrities=6, holdout=6, strangers=20, test_repeats=3)  # 18 questions a task on 4 test pictures: the round goes on across tasks
 
 @pytest.fixture(scope="module")
 def folder(world, tmp_path_factory): return world.export(tmp_path_factory.mktemp("export")/"world")

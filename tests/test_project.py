@@ -101,7 +101,7 @@ def test_make_test_runs_pytest_and_the_notebooks():
     assert make("-n", "test", "BIN=bin").splitlines() == ["bin/python -m pytest tests", "bin/nbdev-test nbs --n-workers 2 --timing"]
 
 def test_make_study_runs_a_notebook_that_exists():
-    found = re.fullmatch(r"bin/python -m mmu_study\.runs (\S+) -p preset quick\n", make("-n", "study", "BIN=bin"))
+    found = re.fullmatch(r"bin/python -m mmu_study\.runs (\S+) -p world quick -p forget_pct 10 -p publish true\n", make("-n", "study", "BIN=bin"))
     assert found and (ROOT/found[1]).is_file()
 
 def test_make_phony_targets_are_the_listed_ones():
