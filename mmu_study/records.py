@@ -81,15 +81,18 @@ def thin(
 # %% ../nbs/core/00_records.ipynb #112f39d3
 @dataclass(frozen=True)
 class ForgetRequest:
-    "What a method may see: training records of the people to forget and of those to retain."
+    "What a method may see: training records of the people to forget and of those to retain, and general pictures."
     forget: Dataset  # role forget, fold train
     retain: Dataset  # role retain, fold train
     index: int = 0  # position in a sequence of requests
+    generic: Dataset | None = None  # role general, fold train, with pictures: of nobody in particular, whom no model has been taught to name
 
     def __post_init__(self):
         for part, role in ((self.forget, "forget"), (self.retain, "retain")):
             if not len(part): raise InputError(f"A request needs {role} records and has none.")
             if wrong := {*part["role"]} - {role} | {*part["fold"]} - {"train"}: raise InputError(f"A request may hold only {role} records of the train fold; found {', '.join(sorted(wrong))}.")
+        if self.generic is not None and (wrong := {*self.generic["role"]} - {"general"} | {*self.generic["fold"]} - {"train"} | {*self.generic["modality"]} - {"vqa"}):
+            raise InputError(f"A request's generic records must be general ones of the train fold with a picture; found {', '.join(sorted(wrong))}.")
 
     @property
     def entities(self) -> tuple[str, ...]: return tuple(dict.fromkeys(self.forget["entity"]))
@@ -128,7 +131,8 @@ class Split:
         people = self.forget_entities
         if not 1 <= n <= len(people): raise InputError(f"{n} requests were asked for; there are {len(people)} people to forget, so 1 to {len(people)} are possible.")
         forget, retain = self.role("forget", fold="train"), self.role("retain", fold="train")
-        return [ForgetRequest(where(forget, entity=list(part)), retain, i) for i, part in enumerate(np.array_split(np.array(people), n))]
+        generic = where(self.role("general", fold="train"), modality="vqa")
+        return [ForgetRequest(where(forget, entity=list(part)), retain, i, generic if len(generic) else None) for i, part in enumerate(np.array_split(np.array(people), n))]
 
 def choose_people(
     entities: Iterable[str],  # everybody who could be forgotten

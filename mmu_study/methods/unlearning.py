@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['POSITIVE', 'NOT_NEGATIVE', 'Method', 'Unlearned', 'register', 'methods', 'method_class', 'get', 'sees_table',
-           'passes', 'Batch', 'Work', 'private_rng', 'with_lora', 'change', 'GradientMethod']
+           'passes', 'Batch', 'Work', 'private_rng', 'with_lora', 'peak_bytes', 'change', 'diagnose', 'check_watch',
+           'GradientMethod']
 
 # %% ../../nbs/methods/10_unlearning.ipynb #0506dd94
 import copy, random, re, resource, sys, time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
 import pandas as pd
@@ -33,12 +34,8 @@ POSITIVE = (lambda v: v > 0, "a positive number")
 NOT_NEGATIVE = (lambda v: v >= 0, "0 or more")
 
 _RULES = dict(
-    lr=POSITIVE, weight_decay=NOT_NEGATIVE, clip=POSITIVE,
-    steps=(lambda v: v is None or v >= 0, "0 or more, or None for one pass over the forget records"),
     batch_size=(lambda v: v >= 1, "1 or more"),
-    retain_batch=(lambda v: v is None or v >= 1, "1 or more, or None for as many as forget records"),
     parts=(lambda v: not v or _are(v, PART_NAMES), f"some of {', '.join(PART_NAMES)}, or empty for all"),
-    lora=(lambda v: v >= 0, "a rank, or 0 for full weights"),
     forget_on=(lambda v: _are(v, MODALITIES), f"some of {', '.join(MODALITIES)}"),
     forget_kinds=(lambda v: _are(v, KINDS), f"some of {', '.join(KINDS)}"),
     retain_on=(lambda v: _are(v, MODALITIES), f"some of {', '.join(MODALITIES)}"))
@@ -47,23 +44,19 @@ _RULES = dict(
 class Method:
     """The hyperparameters of an unlearning method; subclasses add theirs and implement `unlearn`.
     `InputError` for a value that makes no sense."""
-    lr: float = 1e-5  # constant rate of AdamW; README of MMUnlearner's code and default of open-unlearning: 1e-5
-    steps: int | None = None  # None: one pass over the forget records; READMEs of MLLMU-Bench's and MMUnlearner's code: 1 epoch
-    batch_size: int = 4  # forget records of a step; both READMEs: 4
-    retain_batch: int | None = None  # retain records of a step; None: as many as forget records (nothing said in the papers)
+    batch_size: int = 4  # forget records that are looked at together; READMEs of MLLMU-Bench's and MMUnlearner's code: 4
     parts: tuple[str, ...] = ()  # which weights may change: some of vision, projector, language; empty: all
-    lora: int = 0  # rank of LoRA on the linear layers of `parts`, merged at the end; 0: full weights. MLLMU-Bench's and MMUnlearner's code: 16
     forget_on: tuple[str, ...] = ("vqa", "qa")  # modalities of forget records that are used
     forget_kinds: tuple[str, ...] = ("identity",)  # who somebody is shall go, what a picture shows shall stay
     retain_on: tuple[str, ...] = ("vqa", "qa")  # modalities of retain records that are used, if the method uses any
-    clip: float = 1.  # total gradient norm; the repositories clip nothing, 1 is what the study's training uses
-    weight_decay: float = 0.  # decay would pull at weights that no loss asks to change
-    seed: int = 0  # order of the records, start of LoRA's matrices
+    seed: int = 0  # order of the records and whatever else is drawn
 
     RULES = _RULES  # field -> (test of a value, what is right in words); subclasses add their fields
     PRESETS = {}  # name -> values of fields
     GRIDS = {}  # preset -> overrides that make the method weaker or stronger
     reference = False  # does it look at the model before unlearning?
+    generic = False  # does it look at pictures of nobody in particular?
+    sequential = False  # does it keep something for the next request of a sequence?
 
     def __post_init__(self):
         for f in fields(self):
@@ -79,7 +72,7 @@ class Method:
     @property
     def sees(self) -> dict[str, bool]:
         "What it looks at, with these hyperparameters; nothing else reaches its loss."
-        return {**{f"forget {m}": m in self.forget_on for m in MODALITIES}, **{f"retain {m}": self.retains and m in self.retain_on for m in MODALITIES}, "reference model": self.reference}
+        return {**{f"forget {m}": m in self.forget_on for m in MODALITIES}, **{f"retain {m}": self.retains and m in self.retain_on for m in MODALITIES}, "reference model": self.reference, "generic pictures": self.generic}
 
     def forget_records(self, request: ForgetRequest) -> Dataset:
         "What it unlearns on. `InputError` if the request holds none of it."
@@ -88,6 +81,15 @@ class Method:
     def retain_records(self, request: ForgetRequest) -> Dataset | None:
         "What it retains on; None if it does not. `InputError` if the request holds none of it."
         return _some(request.retain, f"{type(self).__name__} retains on", modality=self.retain_on) if self.retains else None
+
+    def generic_records(self, request: ForgetRequest) -> Dataset | None:
+        "The generic pictures; None if it does not look at them. `InputError` if the request holds none."
+        if self.generic and request.generic is None: raise InputError(f"{type(self).__name__} looks at generic pictures, and the request has none.")
+        return request.generic if self.generic else None
+
+    def planned_steps(self, request: ForgetRequest) -> int:
+        "How many steps a run on this request has."
+        return 1
 
     @classmethod
     def grid(
@@ -120,7 +122,7 @@ class Unlearned:
     "What a method gives back."
     mllm: MLLM  # eval mode, same names of weights as before
     log: pd.DataFrame  # one row a step
-    diagnostics: dict  # JSON values: the method's fields, how much it changed and where
+    diagnostics: dict  # JSON values from `diagnose`, and what the method adds
     seconds: float  # wall time, without what `watch` took
     peak_bytes: int  # on a GPU the most that was allocated during the run, else the most that the process ever held
     state: object = None  # for the next request of a sequence
@@ -185,13 +187,17 @@ class Batch:
 
 @dataclass
 class Work:
-    "A run in progress: all that `loss` gets to see."
+    "A run in progress: all that a method gets to see."
     mllm: MLLM  # the copy that is being changed
     forget: Dataset
     retain: Dataset | None  # None for a method that looks at none
-    start: MLLM | None  # the model before, for methods that say `reference`; never changed
+    generic: Dataset | None = None  # likewise
+    start: MLLM | None = None  # the model before, for methods that say `reference`; never changed
+    state: object = None  # what the request before left, for methods that say `sequential`
     lora: PeftModel | None = None
     prepared: object = None  # what the method's `prepare` returned
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)  # what the optimizer moves: the trained parameters, or fp32 copies of those in low precision
+    finished: bool = False  # a method sets it to end the run after the step that it is in
 
     def now(self) -> MLLM:
         "The model of this moment in plain weights: the one in work itself, or for LoRA a merged copy (merging and unmerging in place would not give back the same bits)."
@@ -221,7 +227,8 @@ def with_lora(
     # alpha = rank as in MLLMU-Bench's code (16, 16); a string is matched against the full path
     return get_peft_model(mllm.model, LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0., target_modules="|".join(map(re.escape, linear))))
 
-def _peak_bytes(device: torch.device) -> int:
+def peak_bytes(device: torch.device) -> int:
+    "On a GPU the most that was allocated since the last reset, else the most that the process ever held."
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)
 
@@ -239,9 +246,39 @@ def change(
         norms[part] = squares**.5
     return dict(changed_share=changed/total, update_norm=norms)
 
+def diagnose(
+    method: Method,
+    before: MLLM,
+    after: MLLM,
+    steps: int,
+    records: dict[str, int],  # how many were used: forget, retain
+    **more,
+) -> dict:
+    "What every method reports: its fields, the device, how much changed and where."
+    return dict(method=type(method).__name__, fields=asdict(method), steps=steps, device=str(before.device), dtype=str(before.dtype).removeprefix("torch."),
+        records=records, **change(before, after), **more)
+
+def check_watch(watch_at, steps: int):
+    "`InputError` if `watch_at` names a step that the run does not have."
+    if wrong := {*watch_at} - {*range(steps + 1)}: raise InputError(f"watch_at holds {sorted(wrong)}, but the run has steps 0 to {steps}.")
+
+_GRADIENT_RULES = dict(
+    lr=POSITIVE, weight_decay=NOT_NEGATIVE, clip=POSITIVE,
+    steps=(lambda v: v is None or v >= 0, "0 or more, or None for one pass over the forget records"),
+    retain_batch=(lambda v: v is None or v >= 1, "1 or more, or None for as many as forget records"),
+    lora=(lambda v: v >= 0, "a rank, or 0 for full weights"))
+
 @dataclass(frozen=True)
 class GradientMethod(Method):
-    "A method that is a loss: subclasses define `loss`, the loop is the same for all."
+    "A method that is a loss: subclasses define `loss`, the loop is the same for all; the other hooks are for what is not a loss."
+    lr: float = 1e-5  # constant rate of AdamW; README of MMUnlearner's code and default of open-unlearning: 1e-5
+    steps: int | None = None  # None: one pass over the forget records; READMEs of MLLMU-Bench's and MMUnlearner's code: 1 epoch
+    retain_batch: int | None = None  # retain records of a step; None: as many as forget records (nothing said in the papers)
+    lora: int = 0  # rank of LoRA on the linear layers of `parts`, merged at the end; 0: full weights. MLLMU-Bench's and MMUnlearner's code: 16
+    clip: float = 1.  # total gradient norm; the repositories of the baselines clip nothing, 1 is what the study's training uses
+    weight_decay: float = 0.  # decay would pull at weights that no loss asks to change
+
+    RULES = {**Method.RULES, **_GRADIENT_RULES}
 
     def loss(
         self,
@@ -252,40 +289,66 @@ class GradientMethod(Method):
         raise NotImplementedError
 
     def prepare(self, work: Work):
-        "Called once before the first step, in eval mode; the result becomes `work.prepared`."
+        "Called once before the first step, in eval mode, when the copy in work still is the model that came in; the result becomes `work.prepared`."
 
-    def planned_steps(self, request: ForgetRequest) -> int:
-        "How many steps a run on this request has."
+    def train(self, work: Work):
+        "Let gradients flow into the weights that shall move; without more said, those of `parts` or LoRA on them."
+        if self.lora: work.lora = with_lora(work.mllm, self.lora, self.parts)
+        else: work.mllm.train_only(*self.parts)
+
+    def optimizer(self, weights: list[torch.Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(weights, lr=self.lr, weight_decay=self.weight_decay)
+
+    def backward(self, work: Work, forget: Batch, retain: Batch | None) -> tuple[torch.Tensor, dict]:
+        "Leave the gradients of one step in the trained parameters; returns what `loss` does."
+        loss, logged = self.loss(work, forget, retain)
+        loss.backward()
+        return loss, logged
+
+    def stepped(self, work: Work) -> dict:  # further columns of the log
+        "Called after every step of the optimizer, without gradients; what it does to `work.weights` counts."
+        return {}
+
+    def report(self, work: Work) -> dict:  # JSON values
+        "What the method adds to the diagnostics."
+        return {}
+
+    def remember(self, work: Work):
+        "What it keeps for the next request of a sequence."
+
+    def planned_steps(self, request):
         return self.steps if self.steps is not None else -(-len(self.forget_records(request))//self.batch_size)
 
     def unlearn(self, mllm, request, *, state=None, watch=None, watch_at=()):
-        if state is not None: raise InputError(f"{type(self).__name__} keeps nothing between requests, but was given a state.")
-        steps = self.planned_steps(request)
-        if wrong := {*watch_at} - {*range(steps + 1)}: raise InputError(f"watch_at holds {sorted(wrong)}, but the run has steps 0 to {steps}.")
+        name = type(self).__name__
+        if state is not None and not self.sequential: raise InputError(f"{name} keeps nothing between requests, but was given a state.")
+        check_watch(watch_at, steps := self.planned_steps(request))
         began, watched, log = time.perf_counter(), 0., []
         if mllm.device.type == "cuda": torch.cuda.reset_peak_memory_stats(mllm.device)
         with private_rng(mllm.device, self.seed):
-            work = self._begin(mllm, request)
-            weights = [p for p in work.mllm.model.parameters() if p.requires_grad]
-            optimizer = torch.optim.AdamW(weights, lr=self.lr, weight_decay=self.weight_decay)
+            work = self._begin(mllm, request, state)
+            optimizer = self.optimizer(list(work.weights.values()))
             forget, retain = self._batches(work, work.forget, self.batch_size, 0), self._batches(work, work.retain, self.retain_batch or self.batch_size, 1)
-            for step in tqdm(range(steps + 1), desc=type(self).__name__, mininterval=2, leave=False):  # the last round only shows
-                if watch and (step in watch_at or step == steps): watched += _show(watch, step, work)
-                if step < steps: log.append(dict(step=step + 1, **self._step(work, optimizer, weights, next(forget), next(retain)), lr=self.lr))
-            trainable = sum(p.numel() for p in weights)
+            for step in tqdm(range(steps + 1), desc=name, mininterval=2, leave=False):  # the last round only shows
+                last = step == steps or work.finished
+                if watch and (step in watch_at or last): watched += _show(watch, step, work)
+                if last: break
+                log.append(dict(step=step + 1, **self._step(work, optimizer, next(forget), next(retain)), lr=self.lr))
+            more = dict(trainable=sum(w.numel() for w in work.weights.values()), **self.report(work))
             if work.lora: work.mllm = MLLM(work.lora.merge_and_unload(), mllm.processor)
             work.mllm.model.eval().requires_grad_(True)
-        diagnostics = dict(method=type(self).__name__, fields=asdict(self), steps=steps, device=str(mllm.device), dtype=str(mllm.dtype).removeprefix("torch."),
-            records=dict(forget=len(work.forget), retain=len(work.retain or ())), trainable=trainable, **change(mllm, work.mllm))
-        return Unlearned(work.mllm, pd.DataFrame(log, columns=None if log else ["step", "loss", "forget_loss", "retain_loss", "grad_norm", "lr"]), diagnostics,
-            time.perf_counter() - began - watched, _peak_bytes(mllm.device))
+            kept = self.remember(work)
+        records = dict(forget=len(work.forget), retain=len(work.retain or ()))
+        return Unlearned(work.mllm, pd.DataFrame(log, columns=None if log else ["step", "loss", "forget_loss", "retain_loss", "grad_norm", "lr"]),
+            diagnose(self, mllm, work.mllm, len(log), records, **more), time.perf_counter() - began - watched, peak_bytes(mllm.device), kept)
 
-    def _begin(self, mllm: MLLM, request: ForgetRequest) -> Work:
-        work = Work(mllm.copy(), self.forget_records(request), self.retain_records(request), mllm if self.reference else None)
+    def _begin(self, mllm: MLLM, request: ForgetRequest, state) -> Work:
+        work = Work(mllm.copy(), self.forget_records(request), self.retain_records(request), self.generic_records(request), mllm if self.reference else None, state)
         work.mllm.model.eval()
         work.prepared = self.prepare(work)
-        if self.lora: work.lora = with_lora(work.mllm, self.lora, self.parts)
-        else: work.mllm.train_only(*self.parts)
+        self.train(work)
+        # a step at these rates is smaller than the distance of two bf16 numbers: what is moved is fp32
+        work.weights = {n: p if p.dtype == torch.float32 else p.detach().float() for n, p in work.mllm.model.named_parameters() if p.requires_grad}
         work.mllm.model.train()
         return work
 
@@ -294,13 +357,16 @@ class GradientMethod(Method):
             while True: yield None
         for index in passes(len(records), size, [self.seed, stream]): yield Batch(index, encode(work.mllm, rows(records, index)))
 
-    def _step(self, work, optimizer, weights, forget, retain) -> dict:
-        loss, logged = self.loss(work, forget, retain)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(weights, self.clip)
+    def _step(self, work, optimizer, forget, retain) -> dict:
+        loss, logged = self.backward(work, forget, retain)
+        low = [(p, w) for n, p in work.mllm.model.named_parameters() if (w := work.weights.get(n)) is not None and w is not p]
+        for p, w in low: w.grad, p.grad = None if p.grad is None else p.grad.float(), None
+        norm = torch.nn.utils.clip_grad_norm_(work.weights.values(), self.clip)
         if not (torch.isfinite(loss) and torch.isfinite(norm)): raise Diverged(f"{type(self).__name__}: the loss is {loss.item()} and its gradient's norm {norm.item()}; nothing was kept.")
         optimizer.step(); optimizer.zero_grad()
-        logged = {k: torch.as_tensor(v).item() for k, v in logged.items()}
+        with torch.no_grad():
+            logged = {k: torch.as_tensor(v).item() for k, v in (logged | self.stepped(work)).items()}
+            for p, w in low: p.copy_(w)
         return {**dict(loss=loss.item(), forget_loss=float("nan"), retain_loss=float("nan")), **logged, "grad_norm": norm.item()}
 
 def _show(watch, step: int, work: Work) -> float:  # seconds
