@@ -184,8 +184,8 @@ def _wording(noun, verb, say, word):  # `noun`: "the home of", `verb`: "live", `
 
 WORDINGS = dict(
     name=Wording(
-        ask=("Who is {s}?", "What is the name of {s}?", "Tell me the name of {s}.", "Which name does {s} have?", "What name does {s} have?"),
-        fill=("The name of {s} is __.", "{s} is __.", "The name of {s}: __.", "{s} has the name __.", "{s}: __."),
+        ask=("Who is {s}?", "Which name does {s} have?", "Tell me the name of {s}.", "Which is the name of {s}?", "What name does {s} have?"),
+        fill=("{s} is __.", "The name of {s} is __.", "{s} has the name: __.", "The name of {s}: __.", "{s} has the name __."),
         say="{s} is {v}."),
     home=_wording("the home of", "does {s} live in", "lives in", "city"),
     occupation=_wording("the job of", "does {s} do", "works as a", "occupation"),
@@ -206,7 +206,7 @@ VALUES = FACTS | dict(capital=list(CAPITALS.values())) | {
 def _capital(text: str) -> str: return text[0].upper() + text[1:]
 
 # %% ../nbs/core/01_faceworld.ipynb #3c6770a8
-EDITION = 1  # counts up when the same settings give other pictures or words, so that caches of an older edition are not read
+EDITION = 2  # counts up when the same settings give other pictures or words, so that caches of an older edition are not read
 
 @dataclass(frozen=True)
 class Faceworld:

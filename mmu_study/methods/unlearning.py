@@ -65,6 +65,11 @@ class Method:
             if not is_right(getattr(self, name)): raise InputError(f"{name} of {type(self).__name__} is {getattr(self, name)!r}; it must be {words}.")
 
     @property
+    def label(self) -> str:
+        "What figures and tables call it."
+        return type(self).__name__
+
+    @property
     def retains(self) -> bool:
         "Does it look at retain records, with these hyperparameters?"
         return False
@@ -193,6 +198,7 @@ class Work:
     retain: Dataset | None  # None for a method that looks at none
     generic: Dataset | None = None  # likewise
     start: MLLM | None = None  # the model before, for methods that say `reference`; never changed
+    request: ForgetRequest | None = None  # what the records are from
     state: object = None  # what the request before left, for methods that say `sequential`
     lora: PeftModel | None = None
     prepared: object = None  # what the method's `prepare` returned
@@ -343,7 +349,7 @@ class GradientMethod(Method):
             diagnose(self, mllm, work.mllm, len(log), records, **more), time.perf_counter() - began - watched, peak_bytes(mllm.device), kept)
 
     def _begin(self, mllm: MLLM, request: ForgetRequest, state) -> Work:
-        work = Work(mllm.copy(), self.forget_records(request), self.retain_records(request), self.generic_records(request), mllm if self.reference else None, state)
+        work = Work(mllm.copy(), self.forget_records(request), self.retain_records(request), self.generic_records(request), mllm if self.reference else None, request, state)
         work.mllm.model.eval()
         work.prepared = self.prepare(work)
         self.train(work)

@@ -1,0 +1,133 @@
+"The command `mmu-study`: every --help reads, every bad input is one sentence and exit code 2, and one's own checkpoint goes in and comes out."
+import json, os, re, signal, subprocess, sys, tomllib
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+import mmu_study
+from mmu_study import cli
+from mmu_study.batches import ask
+from mmu_study.faceworld import Faceworld
+from mmu_study.models import MLLM, TinyLlava, tiny_llava
+from stub import grid_file, notebook, run
+
+COMMANDS = [function.__name__ for function in cli._COMMANDS]
+ROOT = Path(__file__).parents[1]
+
+@pytest.fixture(autouse=True)
+def project(tmp_path, monkeypatch):
+    "A project folder of its own."
+    monkeypatch.setenv("MMU_STUDY_ROOT", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(mmu_study.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    monkeypatch.delenv("MMU_STUDY_RUN_DIR", raising=False)
+    monkeypatch.chdir(tmp_path)
+    before, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
+    yield
+    signal.signal(signal.SIGTERM, before); torch.set_num_threads(threads)
+
+@pytest.fixture(scope="module")
+def benchmark(tmp_path_factory): return Faceworld.preset("smoke", celebrities=4, holdout=4, strangers=20).export(tmp_path_factory.mktemp("benchmark")/"world")
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    world = Faceworld.preset("smoke", celebrities=4, holdout=4, strangers=20)
+    made = tiny_llava(TinyLlava(vision_width=32, vision_layers=2, width=32, layers=1, heads=2), [f"USER: {ask(r)}\nASSISTANT: {r['answer']}</s>" for r in world.records.remove_columns("image")])
+    return made.save(tmp_path_factory.mktemp("checkpoint")/"model")
+
+@pytest.fixture
+def said(capsys):
+    "Exit code, standard output and standard error of a command, in this process."
+    def call(*argv):
+        with pytest.raises(SystemExit) as e: cli.main([str(a) for a in argv])
+        return e.value.code, *capsys.readouterr()
+    return call
+
+# Help and refusals
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_what_every_argument_is(said, command):
+    code, out, err = said(command, "--help")
+    assert (code, err) == (0, "") and out.startswith(f"usage: mmu-study {command}") and (getattr(cli, command).__doc__ in " ".join(out.split()))
+    parser = next(a for a in cli._parser()._actions if a.choices).choices[command]
+    assert all(a.help for a in parser._actions) and len(parser.format_usage()) > 10
+    if example := cli._COMMANDS[getattr(cli, command)][0]:
+        for line in example.splitlines(): cli._parser().parse_args([a.strip("'") for a in re.findall(r"'[^']*'|\S+", line.split(" | ")[0])][1:])  # what is shown is allowed
+
+def test_the_console_script_is_this(said):
+    assert tomllib.loads((ROOT/"pyproject.toml").read_text())["project"]["scripts"] == {"mmu-study": "mmu_study.cli:main"}
+    code, out, _ = said("--help")
+    assert code == 0 and all(re.search(rf"^    {c} ", out, re.M) for c in COMMANDS)
+
+def test_what_needs_no_model_imports_no_torch():
+    code = "import sys, mmu_study.cli; print([m for m in ('torch', 'transformers', 'papermill', 'submitit', 'rfc3987_syntax') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"
+
+def test_bad_input_is_one_sentence_and_exit_code_2(said, tmp_path, benchmark, checkpoint):
+    notebook(tmp_path/"nbs/studies/41_toy.ipynb"); notebook(tmp_path/"nbs/studies/40_other.ipynb")
+    grid_file(tmp_path/"g.yaml", "notebook: nbs/studies/41_toy.ipynb\nproduct: {seed: [0, 1]}")
+    ours = ["--model", checkpoint, "--benchmark", benchmark]
+    (tmp_path/"full").mkdir()
+    for argv, says in [
+            ([], "the following arguments are required: COMMAND"), (["swep"], "invalid choice: 'swep'"), (["sweep"], "arguments are required: GRID"), (["sweep", "g.yaml", "--job", "2"], "unrecognized arguments: --job 2"),
+            (["sweep", "g.yaml", "--jobs", "two"], "argument --jobs: invalid whole number value: 'two'"), (["sweep", "g.yaml", "--jobs", "0"], "0 is not more than 0"), (["sweep", "g.yaml", "--executor", "cloud"], "invalid choice: 'cloud'"),
+            (["sweep", "none.yaml"], "There is no grid file 'none.yaml'."), (["status", "g.yaml", "--preset", "big"], "g.yaml has no preset 'big'; it has none."), (["collect", "g.yaml", "--out", "s.parquet"], "2 of the 2 runs of g are not done; finish the sweep."),
+            (["study", "none"], "There is no study 'none'; there are other, toy."), (["study", "toy", "--preset", "quick"], "The study toy has no presets"), (["study", "toy", "-p", "sede", "1"], "41_toy.ipynb has no parameter 'sede'; it has seed, what."),
+            (["study", "toy", "-p", "seed", "["], "The value '[' is not YAML."), (["study", "toy", "-p", "seed", "x"], "must be int; 'x' is str"),
+            (["build", "--world", "huge"], "There is no world preset 'huge'"), (["build", "--world", "smoke", "--forget-pct", "1"], "forget_pct 1.0 of 12 people selects nobody"),
+            (["unlearn", *ours, "--method", "GradDif", "--out", "new"], "There is no method 'GradDif'; there are GradAscent"), (["unlearn", *ours, "--method", "GradDiff", "--preset", "best", "--out", "new"], "GradDiff has no preset 'best'; there are paper"),
+            (["unlearn", *ours, "--method", "GradDiff", "--set", "lr", "--out", "new"], "--set takes FIELD=VALUE"), (["unlearn", *ours, "--method", "GradDiff", "--set", "lr=-1", "--out", "new"], "lr of GradDiff is -1.0; it must be a positive number"),
+            (["unlearn", *ours, "--method", "GradDiff", "--set", "rate=1", "--out", "new"], "GradDiff has no parameter 'rate'"), (["unlearn", *ours, "--method", "GradDiff", "--set", "steps=many", "--out", "new"], "must be int | None; 'many' is str"),
+            (["unlearn", *ours, "--method", "GradDiff", "--out", "full"], "full exists"), (["unlearn", "--model", tmp_path/"full", "--benchmark", benchmark, "--method", "GradDiff", "--out", "new"], "holds no config.json"),
+            (["evaluate", "--model", checkpoint, "--benchmark", "mmmu"], "There is no benchmark 'mmmu'; name a folder in the schema of MLLMU-Bench, mllmu:FOLDER_OR_HUB_ID"), (["evaluate", "--model", checkpoint, "--benchmark", tmp_path/"full"], "has no parquet files"),
+            (["evaluate", *ours, "--forget-pct", "7"], "MLLMU-Bench has no forget_pct 7"), (["evaluate", *ours, "--dtype", "int8"], "invalid choice: 'int8'")]:
+        code, out, err = said(*argv)
+        assert (code, out) == (2, "") and says in err and err.count("\n") == 1, (argv, err)
+    assert not (tmp_path/"new").exists() and not (tmp_path/"data/runs").exists()
+
+# Commands
+
+def test_methods_shows_presets_and_what_each_may_see(said):
+    code, out, _ = said("methods")
+    rows = {tuple(line.split()[:2]): line.split()[2:] for line in out.splitlines() if line.startswith("GradDiff")}
+    assert code == 0 and out.splitlines()[0].split() == "forget vqa forget qa retain vqa retain qa reference model generic pictures".split()
+    assert rows["GradDiff", "paper"] == ["yes", "-", "yes", "-", "-", "-"]
+
+def test_studies_by_name_with_presets_and_parameters(tmp_path, said):
+    path = notebook(tmp_path/"nbs/studies/41_toy.ipynb")
+    grid_file(tmp_path/"data/grids/toy.yaml", "notebook: nbs/studies/41_toy.ipynb\npresets: {smoke: {}, quick: {product: {seed: [1, 2]}}}")
+    plan = lambda name, preset=None, p=(): [r.given for r in cli._study(name, preset, p).runs]
+    assert plan("toy") == plan("41_toy", "smoke") == [{}] and plan("toy", "quick") == [dict(seed=1), dict(seed=2)]
+    assert plan("toy", "quick", [("what", "1e-4")]) == [dict(seed=1, what="1e-4"), dict(seed=2, what="1e-4")]  # a parameter that is text takes the words as they are
+    code, out, err = run("study", "toy", "-p", "seed", 7)
+    assert (code, out.splitlines()[-1]) == (0, "toy: 1 run: 1 done"), err
+    assert Path("log").read_text() == "ok 7\n"
+    assert said("study", "41_toy", "-p", "seed", 7)[:2] == (0, "toy: 1 run: 1 done\n")
+    assert said("status", "toy")[1].splitlines()[0] == "toy: 1 run: 1 missing"  # a grid by its name
+
+def test_ones_own_checkpoint_is_unlearned_and_scored(tmp_path, said, checkpoint, benchmark):
+    code, out, _ = said("unlearn", "--model", checkpoint, "--benchmark", benchmark, "--method", "graddiff", "--set", "lora=0", "--set", "steps=2", "--set", "parts=[language]", "--set", "lr=1e-2", "--out", "new")
+    assert code == 0 and re.fullmatch(r"new: GradDiff, 2 steps, \d+ s, [\d.]+ GiB at its peak; 1 people forgotten\n", out), out
+    about = json.loads((tmp_path/"new/unlearned.json").read_text())
+    assert (about["preset"], about["fields"]["lr"], about["fields"]["parts"], about["steps"], about["version"]) == ("paper", .01, ["language"], 2, mmu_study.__version__)
+    assert len(pd.read_csv(tmp_path/"new/unlearning_log.csv")) == 2
+    before, after = MLLM.load(checkpoint), MLLM.load(tmp_path/"new")
+    changed = {part: any(not torch.equal(p, dict(before.model.named_parameters())[n]) for n, p in after.parameters(part)) for part in before.parts}
+    assert changed == dict(vision=False, projector=False, language=True)
+    code, out, _ = said("evaluate", "--model", "new", "--benchmark", f"mllmu:{benchmark}", "--per-fact", 1, "--out", "scores.parquet")
+    scores = pd.read_parquet("scores.parquet")
+    assert code == 0 and {"forget", "test", "retain", "real"} == set(scores.role) and all(role in out for role in set(scores.role))
+
+def test_build_names_what_it_built(said, monkeypatch):
+    from mmu_study import training
+    asked = []
+    monkeypatch.setattr(training, "built", lambda world, kind, forget=(): asked.append((world.people, world.seed, kind, len(forget))) or Path(kind))
+    assert said("build", "--world", "smoke", "--seed", 3, "--forget-pct", 25)[:2] == (0, "base\nvanilla\noracle\n")
+    assert asked == [(12, 3, "base", 0), (12, 3, "vanilla", 0), (12, 3, "oracle", 3)]
+
+def test_a_closed_pipe_is_no_traceback(tmp_path):
+    notebook(tmp_path/"a.ipynb")
+    grid_file(tmp_path/"g.yaml", f"notebook: a.ipynb\nproduct: {{seed: {[*range(5000)]}}}")
+    done = subprocess.run(["bash", "-c", f"{sys.executable} -m mmu_study.cli status g.yaml | head -1"], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("g: 5000 runs: 5000 missing\n", "")
