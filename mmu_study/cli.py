@@ -41,7 +41,7 @@ def status(grid, preset=None) -> int:
     "Show which runs of a grid are done, running, failed or missing."
     found = _grid(grid, preset)
     table = status_of(found)
-    wide = max(map(len, table.label))
+    wide = max(10, *map(len, table.label))
     print(f"{found.name}: {total(table)}\n{'run':12}  state    seconds  {'parameters':{wide}}  error")
     for r in table.itertuples(): print(f"{r.run}  {r.state:7}  {'' if r.seconds != r.seconds else f'{r.seconds:.1f}':>7}  {r.label:{wide}}  {r.error}".rstrip())
     return 0

@@ -43,7 +43,8 @@ METHODS = {
     "NPO": Style("#0173B2", "D"), "SimNPO": Style("#56B4E9", "d"), "DPO": Style("#CC78BC", "<"), "IDK": Style("#7A5AA6", ">"),
     "RMU": Style("#999933", "h"), "UNDIAL": Style("#882255", "p"), "Prompting": Style("#CC6677", (3, 1, 0), "-", 1.5),
     "MMUnlearner": Style("#029E73", "P", "-", 1.2), "MANU": Style("#332288", (6, 1, 0), "-", 1.5),
-    "CVF": Style("#44AA99", (4, 1, 0), "-", 1.7), "CVF+NCU": Style("#0B5D2E", (4, 1, 45), "-", 1.6)}
+    "CVF (reconstruction)": Style("#44AA99", (4, 1, 0), "-", 1.7), "CVF+NCU (reconstruction)": Style("#0B5D2E", (4, 1, 45), "-", 1.6),
+    "−CE, visual": Style("#AA7744", (5, 0, 0), "-", 1.4), "GradDiff, visual": Style("#B0884A", (5, 1, 0), "-", 1.6)}
 
 STYLE = MODELS | METHODS
 

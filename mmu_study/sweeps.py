@@ -7,7 +7,7 @@ __all__ = ['EXECUTORS', 'GridRun', 'Grid', 'grid_of', 'load_grid', 'held', 'stat
            'collect']
 
 # %% ../nbs/runs/32_sweeps.ipynb #7c977bc3
-import itertools, json, math, os, shlex, shutil, subprocess, sys, time
+import itertools, json, math, os, shlex, shutil, sys, time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,19 +93,21 @@ def grid_of(
 def load_grid(
     path,  # of a grid file
     preset: str | None = None,  # one of its presets
-    parameters: dict | None = None,  # these win over the file's
-    **options,  # of `grid_of`, such as `runs_dir`; `timeout` and entries of `slurm` win over the file's
+    parameters: dict | None = None,  # these win over the file's, as do the next two
+    timeout: float | None = None,
+    slurm: dict | None = None,
+    runs_dir=None,  # where the folders of runs are; the study's `data/runs`
 ) -> Grid:
     "Read a grid file. `InputError` for anything in it that cannot be meant."
     path = Path(path)
     data = _read_grid(path)
     presets = data.pop("presets", {})
     if preset is not None and preset not in presets: raise InputError(f"{path.name} has no preset {preset!r}; it has {', '.join(map(str, presets)) or 'none'}.")
-    for changes in (presets.get(preset, {}), {k: v for k, v in options.items() if k in ("timeout", "slurm") and v}):
+    for changes in (presets.get(preset, {}), dict(timeout=timeout) if timeout else {}, dict(slurm=slurm) if slurm else {}):
         data |= {k: data.get(k, {}) | v if isinstance(v, dict) else v for k, v in changes.items()}
     _check(data, _GRID, path.name)
     return grid_of(root()/data["notebook"], [row | (parameters or {}) for row in _rows(data, path.name)], name=path.stem,
-        timeout=data.get("timeout"), slurm=data.get("slurm"), runs_dir=options.get("runs_dir"))
+        timeout=data.get("timeout"), slurm=data.get("slurm"), runs_dir=runs_dir)
 
 # %% ../nbs/runs/32_sweeps.ipynb #7a93ccd3
 def held(
@@ -213,20 +215,21 @@ def _executor(grid: Grid, jobs: int | None, cluster: str):
     needs = dict(time=math.ceil(grid.timeout/60) + 5 if grid.timeout else 60) | (grid.slurm or {})
     needs["setup"] = [f"export MMU_STUDY_ROOT={shlex.quote(str(root()))}", *map(str, needs.get("setup", []))]
     executor = submitit.AutoExecutor(folder=grid.runs[0].folder.parent/".submitit", cluster=cluster)
-    executor.update_parameters(name=grid.name, **{_SUBMITIT[n]: v for n, v in needs.items()}, **(dict(slurm_array_parallelism=jobs) if jobs else {}))
+    executor.update_parameters(name=f"mmu-{grid.name}", **{_SUBMITIT[n]: v for n, v in needs.items()}, **(dict(slurm_array_parallelism=jobs) if jobs else {}))
     return executor
 
 def _debug(grid: Grid, todo: list[GridRun], jobs: int | None, progress: _Progress):
     executor = _executor(grid, jobs, "debug")
     for run in todo: progress.line(run, **{k: v for k, v in executor.submit(_attempt, run, grid.timeout, progress=True).result().items() if k != "lost"})
 
-def _queued() -> set[str] | None:
+def _queued(*which) -> set[str] | None:
     "The jobs that SLURM has not ended, by submitit's names for them; None if it does not answer."
-    listed = output_of("squeue", "--me", "--noheader", "--array", "--format=%i")
+    listed = output_of("squeue", "--me", "--noheader", "--array", "--format=%i", *which)
     return None if listed is None else set(listed.split())
 
 def _slurm(grid: Grid, todo: list[GridRun], jobs: int | None, progress: _Progress, poll: float = 10):  # seconds between two questions to SLURM
     executor = _executor(grid, jobs, "slurm")
+    if still := _queued(f"--name=mmu-{grid.name}"): raise InputError(f"SLURM still has {len(still)} jobs of the grid {grid.name}; wait for them, or end them with: scancel --name=mmu-{grid.name}.")
     from submitit.core.utils import FailedJobError
     try:
         with executor.batch(): submitted = [(executor.submit(_attempt, run, grid.timeout, progress=False), run) for run in todo]
@@ -241,8 +244,9 @@ def _slurm(grid: Grid, todo: list[GridRun], jobs: int | None, progress: _Progres
         asked, ended = time.monotonic(), [(job, run) for job, run in submitted if job.job_id not in queued]
         for job, run in ended:
             if job.job_id not in gone: continue  # asked twice, because another machine may see late what a job wrote last
-            error = f"SLURM job {job.job_id} ended before its run did (cancelled, or out of its time or memory)"
-            keep_failure(run.folder, error, f"{error}; its log is {job.paths.stderr}.", notebook=run.notebook.name, parameters=run.given)
+            lines = job.paths.stderr.read_text(errors="replace").split("\n") if job.paths.stderr.is_file() else []
+            error = f"SLURM job {job.job_id} ended before its run did: {next((l.strip() for l in reversed(lines) if l.strip()), 'it wrote nothing, as when it is cancelled while it waits')}"
+            keep_failure(run.folder, error, f"{error} (its log: {job.paths.stderr}).", notebook=run.notebook.name, parameters=run.given)
         gone = {job.job_id for job, _ in ended}
 
 # %% ../nbs/runs/32_sweeps.ipynb #91d4ccd1

@@ -190,9 +190,9 @@ def test_grad_diff_without_forgetting_is_retain_fine_tuning(mllm, request_):
     assert done.log.retain_loss.tolist() == pytest.approx(losses, rel=1e-6) and same(plain, done.mllm)
 
 def padded(batch, n):
-    "The same batch with more padding on the left."
+    "The same batch with padding on the right."
     extra = dict(input_ids=2, attention_mask=0, labels=-100)  # 2 is <pad>
-    return {k: torch.cat([torch.full((len(v), n), extra[k]), v], 1) if k in extra else v for k, v in batch.items()}
+    return {k: torch.cat([v, torch.full((len(v), n), extra[k])], 1) if k in extra else v for k, v in batch.items()}
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_only_the_released_kl_feels_padding_and_both_are_nothing_at_the_start(mllm, other, request_, whole):
@@ -261,7 +261,7 @@ def test_undial_reads_answers_or_all_but_the_last(mllm, other, request_):
         assert term == pytest.approx(mean(found), rel=1e-4)
 
 def test_rmu_steers_one_layer_to_one_point(mllm, request_):
-    method = get("RMU", "embedded", steering=3.)
+    method = get("RMU", "embedded", layer=2, steering=3.)
     work, forget, retain = start(mllm, request_, method)
     point = work.prepared
     assert point.norm().item() == pytest.approx(3.) and point.min() >= 0 and torch.equal(point, start(mllm, request_, replace(method, lr=1.))[0].prepared)

@@ -157,7 +157,7 @@ def test_lora_moves_linear_layers_by_its_rank_or_is_refused(mllm, request_, name
     assert done.diagnostics["trainable"] == 2*sum(sum(before[n].shape) for n in moved)
     assert not any("lora" in n or "base_layer" in n for n in done.mllm.model.state_dict())
 
-@full_and_lora
+@pytest.mark.parametrize("name, weights", [*((n, "full") for n in methods()), ("GradDiff", "lora")])
 def test_a_run_is_deterministic_and_a_watched_one_the_same(mllm, request_, run, name, weights):
     seen = []
     def watch(step, m):

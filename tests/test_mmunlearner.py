@@ -12,7 +12,7 @@ from mmu_study.faceworld import Faceworld
 from mmu_study.methods import mmunlearner
 from mmu_study.methods.mmunlearner import Mask, MMUnlearner, as_many, groups_of, labelled, pack, ratio_mask, saliency, unpack
 from mmu_study.methods.unlearning import Batch, get
-from mmu_study.models import TinyLlava, tiny_llava
+from mmu_study.models import TinyLlava, TinyQwen2VL, tiny_llava, tiny_qwen2_vl
 from mmu_study.records import ForgetRequest, where
 from mmu_study.settings import InputError
 from mmu_study.training import Diverged, Recipe, finetune
@@ -338,9 +338,12 @@ def test_a_mask_of_something_else_is_refused(mllm, request_, tmp_path):
     with refused("beta"): replace(method, beta=2.).unlearn(mllm, request_)
     with refused("scope"): replace(method, scope="vision").unlearn(mllm, request_)
     with refused("preserve"): replace(method, preserve=("retain vqa",)).unlearn(mllm, request_)
-    without = lambda **which: ForgetRequest(request_.forget.filter(lambda r: r["uid"] != where(request_.forget, **which)["uid"][0]), request_.retain)
-    with refused("preserve"): method.mask_for(mllm, without(modality="qa"))
-    with refused("target"): method.mask_for(mllm, without(modality="vqa", kind="identity"))
+    def without(modality):
+        uids = request_.forget["uid"]
+        dropped = where(request_.forget, modality=modality, kind="identity")["uid"][0]
+        return ForgetRequest(request_.forget.select([i for i, u in enumerate(uids) if u != dropped]), request_.retain)
+    with refused("preserve"): method.mask_for(mllm, without("qa"))
+    with refused("target"): method.mask_for(mllm, without("vqa"))
 
 def test_other_files_are_refused(mllm, request_, tmp_path):
     (tmp_path/"text").write_text("no mask")
@@ -389,3 +392,10 @@ def test_presets():
     assert (paper.forget_on, paper.retain_on, paper.saliency_batch, paper.zero_zero, paper.mode, paper.outside, paper.loss_on) == (("vqa",), ("vqa",), 4, "masked", "summed", "masked", "answer")
     assert (released.mode, released.outside, released.loss_on, released.sums, released.clip_first, released.master, released.check) == ("alternating", "unmasked", "all", "parameter", True, False, False)
     assert len(MMUnlearner.grid("embedded")) == 6
+
+def test_another_family(world, request_):
+    made = tiny_qwen2_vl(TinyQwen2VL(), [f"USER: {ask(r)}\nASSISTANT: {r['answer']}</s>" for r in world.records.remove_columns("image")])
+    done = small(check=False).unlearn(made, request_)
+    report = done.diagnostics["mask"]
+    assert 0 < report["kept"] < 1 and report["groups"].keys() == {"vision tower", "projector", "attention", "mlp", "norms", "embeddings", "head"}
+    assert min(done.diagnostics["update_norm"].values()) > 0

@@ -40,6 +40,8 @@ def test_a_grid_a_cancelled_job_and_a_retry(tmp_path, cluster):
     until(lambda: Path("log").exists())
     shown = run("status", "g.yaml")[1]
     assert shown.startswith("g: 3 runs: 1 running, 2 missing")
+    code, _, err = run(*command)
+    assert (code, err) == (2, "SLURM still has 3 jobs of the grid g; wait for them, or end them with: scancel --name=mmu-g.\n")
     ids = sorted(line.split()[0] for line in jobs())
     assert len(ids) == 3
     for i in (2, 0): subprocess.run(["scancel", ids[i]], check=True)  # one that waits, one that runs
@@ -47,9 +49,10 @@ def test_a_grid_a_cancelled_job_and_a_retry(tmp_path, cluster):
     found = sweeps.load_grid("g.yaml")
     table = sweeps.status(found)
     assert process.returncode == 1 and out.splitlines()[4] == "g: 3 runs: 1 done, 2 failed", out + err
-    assert [*table.state] == ["failed", "done", "failed"] and "SIGTERM, as when a job is cancelled" in table.error[0] and table.error[2].startswith(f"SLURM job {ids[2]} ended before its run did")
+    assert [*table.state] == ["failed", "done", "failed"] and "SIGTERM, as when a job is cancelled" in table.error[0] and table.error[2] == f"SLURM job {ids[2]} ended before its run did: it wrote nothing, as when it is cancelled while it waits"
     assert "FROM_SETUP" in "".join(p.read_text() for p in (tmp_path/"data/runs/.submitit").glob("*.sh"))
     Path("mended").touch()
+    until(lambda: jobs() == [])  # a job ends a moment after its run
     code, out, err = run(*command, "--retry-failed", seconds=180)
     assert (code, out.splitlines()[-1]) == (0, "g: 3 runs: 3 done"), out + err
     assert folders("data/runs") == sorted(r.folder.name for r in found.runs) and leftovers("data/runs") == []

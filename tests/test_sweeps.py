@@ -3,7 +3,7 @@ import json, os, random, resource, signal, subprocess, sys, time
 from pathlib import Path
 
 import pandas as pd
-import pytest
+import pytest, yaml
 from filelock import FileLock
 
 import mmu_study
@@ -11,6 +11,8 @@ from mmu_study import runs, settings, sweeps
 from mmu_study.runs import SCORE_COLUMNS
 from mmu_study.settings import InputError
 from stub import folders, grid_file, leftovers, notebook, run, start, until
+
+ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def project(tmp_path, monkeypatch):
@@ -77,6 +79,12 @@ def test_files_that_are_no_grids(tmp_path):
     with pytest.raises(InputError, match="There is no grid file"): sweeps.load_grid("none.yaml")
     with pytest.raises(InputError, match="has no preset 'b'; it has a."): grid(tmp_path, "presets: {a: {}}", preset="b")
 
+def test_the_grids_of_the_project_fit_their_notebooks(monkeypatch):
+    monkeypatch.setenv("MMU_STUDY_ROOT", str(ROOT))
+    for file in (ROOT/"data/grids").glob("*.yaml"):
+        for preset in (None, *yaml.safe_load(file.read_text()).get("presets", {})): assert sweeps.load_grid(file, preset).runs
+    assert len(sweeps.load_grid(ROOT/"data/grids/smoke.yaml").runs) == 24
+
 # What is there
 
 def test_status_tells_the_four_states(tmp_path):
@@ -107,6 +115,25 @@ def test_a_thousand_finished_runs_are_listed_in_three_seconds(tmp_path):
     code, out, err = run("status", "g.yaml")
     assert (code, err) == (0, "") and out.startswith("g: 1000 runs: 1000 done\n") and len(out.splitlines()) == 1002
     assert spent() - begun <= 3
+
+def test_a_change_reruns_what_depends_on_it(tmp_path, monkeypatch):
+    def missing(text="product: {seed: [0, 1, 2]}"):
+        found = grid(tmp_path, text)
+        return [r.given["seed"] for r, s in zip(found.runs, sweeps.status(found).state) if s == "missing"]
+    for r in grid(tmp_path, "product: {seed: [0, 1, 2]}").runs: finish(r)
+    assert missing() == [] and missing("product: {seed: [0, 1, 3]}") == [3] and missing("product: {seed: [0, 1]}\nparameters: {what: other}") == [0, 1]
+    monkeypatch.setattr(mmu_study, "__version__", "9.9")
+    assert missing() == [0, 1, 2]
+    monkeypatch.undo(); monkeypatch.setenv("MMU_STUDY_ROOT", str(tmp_path)); monkeypatch.chdir(tmp_path)
+    assert missing() == []
+    notebook(tmp_path/"b.ipynb", "1 + 1")
+    assert [*sweeps.status(sweeps.load_grid(grid_file(tmp_path/"b.yaml", "notebook: b.ipynb\nproduct: {seed: [0, 1]}"))).state] == ["missing"]*2
+
+def test_a_run_costs_its_parent_next_to_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "_papermill", lambda *_: 0)
+    begun = time.process_time() + spent()
+    sweeps.sweep(grid(tmp_path, "product: {seed: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]}"), jobs=2)
+    assert (time.process_time() + spent() - begun)/10 <= .5
 
 def test_collect_wants_everything_or_is_told(tmp_path):
     found = grid(tmp_path, "product: {seed: [4, 5]}")

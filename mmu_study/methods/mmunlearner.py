@@ -229,7 +229,7 @@ class MMUnlearner(GradientMethod):
     preserve: tuple[str, ...] = PRESERVED  # P: the released code's language mask has all three sets, its vision mask pictures only
     unit: str = "batch"  # what is squared; released code: batch means
     saliency_batch: int = 4  # records of a batch, for T and P; released code on MLLMU-Bench: 4
-    saliency_records: int | None = None  # at most so many records of T, and of P; None: all, as in the released code
+    saliency_records: int | None = None  # at most so many records of T, and of each set of P; None: all, as in the released code
     sums: str = "float32"  # of the saliency; parameter (the type of the weights) is the released code's
     loss_on: str = "answer"  # for saliency and steps; the README asks for answers only, the released code has all tokens
     covers: tuple[str, ...] = ()  # only parameters with one of these in their name have a mask; empty: all of the scope
@@ -272,7 +272,7 @@ class MMUnlearner(GradientMethod):
         sets = [where(getattr(request, role), modality=modality, **kinds[role]) for role, modality in map(str.split, self.preserve)]
         if not any(map(len, sets)): raise InputError(f"MMUnlearner preserves {', '.join(self.preserve)}, and the request has none of them.")
         drawn = lambda records: records.select(np.random.default_rng(self.seed).permutation(len(records))[:self.saliency_records]) if self.saliency_records else records
-        return drawn(self.forget_records(request)), drawn(concatenate_datasets([s for s in sets if len(s)]))
+        return drawn(self.forget_records(request)), concatenate_datasets([drawn(s) for s in sets if len(s)])
 
     def mask_for(
         self,
@@ -295,7 +295,7 @@ class MMUnlearner(GradientMethod):
         weights = {n: p for n, p in mllm.model.named_parameters() if n in set(names)}
         shapes = {n: tuple(p.shape) for n, p in weights.items()}
         if self.mask == "none": return Mask({n: pack(torch.ones_like(p, dtype=torch.bool)) for n, p in weights.items()}, shapes, (), made_from)
-        look = partial(saliency, mllm, names=names, batch_size=self.saliency_batch, unit=self.unit, limit=self.saliency_records, loss_on=self.loss_on,
+        look = partial(saliency, mllm, names=names, batch_size=self.saliency_batch, unit=self.unit, loss_on=self.loss_on,
             sums=torch.float32 if self.sums == "float32" else None, seed=self.seed)
         S_T, S_P = look(target), look(preserve)
         idle = tuple(n for n in names if n not in S_T and n not in S_P)

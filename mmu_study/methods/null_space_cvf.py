@@ -332,7 +332,7 @@ class CVFNCU(GradientMethod):
     redraws: int = 30  # how often another stranger is drawn for a person whom the model still recognises at the first; ours
     tau: float = .1  # temperature; see the presets
     negatives: int = 64  # retained features that count as negatives, the nearest; ours
-    lambda_tok: float = 1.  # weight of L_tok, only with the anchor `reference`; ours
+    lambda_tok: float = 0.  # weight of L_tok; ours
     lambda_ret: float = 0.  # weight of L_ret; ours
     lambda_replay: float = 0.  # weight of the feature distance of earlier requests' pictures, which are stored if it is positive; ours
     cap: float = 4.  # cross-entropy of forget answers (nats a token) that is enough, for what uses it; the prototype's capped GradDiff
@@ -458,7 +458,7 @@ class CVFNCU(GradientMethod):
             terms = [self._contrast(now[l], *([f[l][i] for i in forget.index] for f in (p.goal, p.before)), p.bank[l]) for l in self.levels]
             loss, own = (sum(t)/n for t, n in zip(zip(*terms), (1, len(terms))))
             logged = dict(forget_loss=loss, own=own)
-            if self.anchor == "reference": loss = loss + self.lambda_tok*sum(feature_distance(now[l], *([f[l][i] for i in forget.index] for f in (p.goal, p.before))) for l in self.levels)
+            if self.lambda_tok: loss = loss + self.lambda_tok*sum(feature_distance(now[l], *([f[l][i] for i in forget.index] for f in (p.goal, p.before))) for l in self.levels)
         if self.objective != "contrast" or self.unfrozen:
             log_probs, is_answer = answer_log_probs(work.mllm, forget.tensors)
             loss, logged = loss + ga_loss(log_probs, is_answer, self.cap), dict(forget_loss=cross_entropy(log_probs, is_answer)) | logged

@@ -229,7 +229,8 @@ def sequence(
                 _save(places[i], done, adapter, scores[-1], log[-1])
                 if i: shutil.rmtree(places[i - 1]/"model")
     columns = ["request", "people", "steps", "seconds", "peak_bytes", "diagnostics"]
-    return Sequence(pd.concat(scores, ignore_index=True) if scores else pd.DataFrame(), pd.DataFrame(log, columns=columns), now, stopped)
+    nothing = scored(mllm, questions.select([0]), asked, 0).head(0)  # the columns
+    return Sequence(pd.concat(scores, ignore_index=True) if scores else nothing, pd.DataFrame(log, columns=columns), now, stopped)
 
 # %% ../../nbs/protocols/20_pulse.ipynb #1b3bd240
 def matrix(
