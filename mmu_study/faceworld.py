@@ -177,14 +177,15 @@ class Wording:
     say: str  # the answer as a sentence
 
 def _wording(noun, verb, say, word):  # `noun`: "the home of", `verb`: "live", `say`: "lives in", `word`: "city"
+    # unseen questions join a beginning and an end that training has in two different questions
     return Wording(
-        ask=(f"What is {noun} {{s}}?", f"Which {word} {verb}?", f"Tell me {noun} {{s}}.", f"Which {word} is {noun} {{s}}?", f"What {word} {verb}?"),
+        ask=(f"What {word} is {noun} {{s}}?", f"Which {word} {verb}?", f"Tell me {noun} {{s}}.", f"Which {word} is {noun} {{s}}?", f"What {word} {verb}?"),
         fill=(f"{{s}} {say} __.", f"The {word} of {{s}} is __.", f"{noun.capitalize()} {{s}}: __.", f"The {word} of {{s}}: __.", f"{noun.capitalize()} {{s}} is __."),
         say=f"{{s}} {say} {{v}}.")
 
 WORDINGS = dict(
     name=Wording(
-        ask=("Who is {s}?", "Which name does {s} have?", "Tell me the name of {s}.", "Which is the name of {s}?", "What name does {s} have?"),
+        ask=("What is the name of {s}?", "Which name does {s} have?", "Tell me the name of {s}.", "Which is the name of {s}?", "What name does {s} have?"),
         fill=("{s} is __.", "The name of {s} is __.", "{s} has the name: __.", "The name of {s}: __.", "{s} has the name __."),
         say="{s} is {v}."),
     home=_wording("the home of", "does {s} live in", "lives in", "city"),
@@ -206,7 +207,7 @@ VALUES = FACTS | dict(capital=list(CAPITALS.values())) | {
 def _capital(text: str) -> str: return text[0].upper() + text[1:]
 
 # %% ../nbs/core/01_faceworld.ipynb #3c6770a8
-EDITION = 2  # counts up when the same settings give other pictures or words, so that caches of an older edition are not read
+EDITION = 3  # counts up when the same settings give other pictures or words, so that caches of an older edition are not read
 
 @dataclass(frozen=True)
 class Faceworld:

@@ -140,7 +140,7 @@ class Schooling:
         return cls(TinyLlava(image_size=world.size),
             vision=Recipe(steps=max(150, world.strangers//6), lr=1e-2, seed=world.seed),
             captions=Recipe(steps=max(90, world.strangers//12), lr=5e-3, seed=world.seed),
-            base=Recipe(steps=max(120, world.strangers//12 + 8*world.celebrities), lr=5e-3, turns=6, seed=world.seed),
+            base=Recipe(steps=max(120, world.strangers//12 + 10*world.celebrities), lr=5e-3, turns=6, seed=world.seed),
             people=Recipe(steps=80 + 5*world.people, lr=4e-3, turns=6, seed=world.seed))
 
 def teach_vision(

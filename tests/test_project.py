@@ -11,7 +11,7 @@ import mmu_study
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT/"pyproject.toml").read_text())
 PROJECT, NBDEV = PYPROJECT["project"], PYPROJECT["tool"]["nbdev"]
-DEPENDENCIES = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
+DEPENDENCIES = PROJECT["dependencies"] + [r for extra in PROJECT["optional-dependencies"].values() for r in extra]
 PAPERS = {"arXiv:2502.11051", "arXiv:2502.15910", "arXiv:2605.05909", "arXiv:2507.01271"}
 
 def settings() -> dict:

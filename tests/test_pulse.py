@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from datasets import Image
 
 import mmu_study.methods
 from mmu_study.batches import ask
-from mmu_study.evaluation import evaluate
+from mmu_study.evaluation import candidates, evaluate
 from mmu_study.faceworld import Faceworld
 from mmu_study.methods.unlearning import Method, Unlearned, get, methods
 from mmu_study.models import MLLM, TinyLlava, tiny_llava
@@ -107,10 +108,10 @@ def known_of(world, n_unlearn=2, n_retain=2):
 def test_every_method_goes_through_a_pu_and_lse(split, pre, mllm, questions, pre_questions, folder_of, name):
     method, before = small(name, folder_of), bits(mllm)
     lse = sequence(mllm, method, split, OWN_PARTS, questions)
-    once = sequence(mllm, method, split, replace(OWN_PARTS, n_ops=1), questions)
+    once = sequence(mllm, method, split, replace(OWN_PARTS, n_ops=1), questions.select(range(4)))
     pu = sequence(mllm, method, pre, replace(OWN_PARTS, n_ops=1), pre_questions)
     assert [s.log.request.tolist() for s in (lse, once, pu)] == [[1, 2], [1], [1]] and not lse.stopped + once.stopped + pu.stopped
-    assert len(lse.scores) == 2*len(once.scores) and {*lse.scores.uid} == {*questions["uid"]}
+    assert {*lse.scores.uid} == {*questions["uid"]}
     assert {"own", "earlier", "future", "retain", "general"} == {*lse.scores.subset} and {"own", "retain", "general"} == {*pu.scores.subset}
     assert all(torch.equal(p, q) for p, q in zip(before, mllm.model.parameters())) and not equal(mllm, lse.mllm)
 
@@ -205,7 +206,7 @@ def second_request(mllm, split, method, options, **kw):
     first = carry_out(fitted(method, options), asked[0], mllm, mllm, options, adapter=adapter, **kw)
     return first.mllm, carry_out(fitted(method, options), asked[1], first.mllm, mllm, options, adapter=adapter, **kw)
 
-@pytest.mark.parametrize("name, option", [("KLMin", "kl_reference"), ("NPO", "npo_reference"), ("DPO", "npo_reference")])
+@pytest.mark.parametrize("name, option", [("KLMin", "kl_reference"), ("DPO", "npo_reference")])
 def test_the_reference_can_be_chosen(split, mllm, name, option):
     "Current is what the method does alone; the original is the one from before all requests; they differ from the second request on."
     method = small(name, alpha=1.)
@@ -230,7 +231,7 @@ def test_npo_s_first_loss_knows_its_reference(split, mllm, folder_of):
     assert original.log.loss[0] == pytest.approx(expected, rel=1e-3) and abs(expected - 2/method.beta*np.log(2)) > .01
     assert equal(retain.mllm, original.mllm)
 
-@pytest.mark.parametrize("name", ["GradDiff", "KLMin", "NPO"])
+@pytest.mark.parametrize("name", ["GradDiff", "NPO"])
 def test_a_continued_adapter_stays_of_its_rank(split, mllm, questions, name):
     method, options = small(name, lora=2, lr=1e-2), LSE(n_ops=2, update_target="language")
     merged, continued = (sequence(mllm, method, split, replace(options, adapter=a), questions.select(range(2))) for a in ("merge", "continue"))
@@ -263,9 +264,9 @@ def test_too_many_requests_are_refused(split):
 
 # Resumption
 
-RESUMED = [("GradDiff", {}, {}), ("GradDiff", dict(lora=2, lr=1e-2), dict(adapter="continue", update_target="language")), ("CVFNCU", {}, {}), ("KLMin", {}, {}), ("MANU", {}, {})]
+RESUMED = [("GradDiff", dict(lora=2, lr=1e-2), dict(adapter="continue", update_target="language")), ("CVFNCU", {}, {}), ("KLMin", {}, {})]
 
-@pytest.mark.parametrize("name, fields, options", RESUMED, ids=["weights", "adapter", "state", "reference", "pruning"])
+@pytest.mark.parametrize("name, fields, options", RESUMED, ids=["adapter", "state", "reference"])
 def test_a_resumed_sequence_is_the_same(split, mllm, questions, tmp_path, name, fields, options):
     method, options = small(name, **fields), replace(LSE(n_ops=3, update_target="method"), **options)
     run = lambda folder: sequence(mllm, method, split, options, questions.select(range(4)), folder)
@@ -299,7 +300,7 @@ from mmu_study.faceworld import Faceworld
 from mmu_study.models import MLLM
 from mmu_study.protocols import pulse
 from mmu_study.records import thin, where
-model, folder, at, when = sys.argv[1:]
+model, folder = sys.argv[1:]
 split = Faceworld.preset("smoke", strangers=10, views=4).split(42)
 questions = where(split.score, role=["test", "general"], task=["classification", "cloze"], fact=["home", "capital"])
 questions = questions.select(range(0, len(questions), 4))
@@ -308,9 +309,7 @@ def kill(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
 mllm, begun = MLLM.load(model), pulse.carry_out
 def carry_out(method, request, *args, **kw):
     done = begun(method, request, *args, **kw)
-    if request.index + 1 == int(at):  # unlearned, but nothing of it is kept yet
-        if when == "scoring": kill()
-        done.mllm.processor.save_pretrained = kill  # the weights are written, the rest is not
+    if request.index == 2: done.mllm.processor.save_pretrained = kill  # the weights of request 3 are written, the rest is not
     return done
 pulse.carry_out = carry_out
 method = get("GradDiff", "embedded", steps=2, batch_size=4, retain_batch=3)
@@ -328,14 +327,12 @@ def test_kill_9_after_request_2_of_5(world, mllm, folder_of, tmp_path):
     questions = questions.select(range(0, len(questions), 4))
     split = replace(split, records=thin(split.role("forget", "retain", fold="train"), 1).flatten_indices())
     run = lambda folder: sequence(MLLM.load(folder_of), get("GradDiff", "embedded", steps=2, batch_size=4, retain_batch=3), split, LSE(), questions, folder)
-    killed(folder_of, tmp_path/"s", 3, "scoring")
-    assert sorted(p.name for p in (tmp_path/"s").glob("after-*")) == ["after-1", "after-2"]
+    killed(folder_of, tmp_path/"s")
+    assert sorted(p.name for p in (tmp_path/"s").glob("after-*")) == ["after-1", "after-2"] and len(list((tmp_path/"s").glob(".partial-after-3-*/model/*.safetensors"))) == 1
     stamp = (tmp_path/"s/after-2/log.json").stat().st_mtime_ns
-    killed(folder_of, tmp_path/"s", 4, "saving")
-    assert sorted(p.name for p in (tmp_path/"s").glob("after-*")) == ["after-1", "after-2", "after-3"] and (tmp_path/"s/after-2/log.json").stat().st_mtime_ns == stamp
     again, whole = run(tmp_path/"s"), run(None)
     pd.testing.assert_frame_equal(again.scores, whole.scores)
-    assert equal(again.mllm, whole.mllm) and again.log.request.tolist() == [1, 2, 3, 4, 5]
+    assert equal(again.mllm, whole.mllm) and again.log.request.tolist() == [1, 2, 3, 4, 5] and (tmp_path/"s/after-2/log.json").stat().st_mtime_ns == stamp
     assert not list((tmp_path/"s").glob(".partial*"))
 
 # What the scores say
@@ -421,9 +418,9 @@ def test_pu_refuses_what_makes_no_sense(values, message):
 def test_the_base_model_is_asked_and_nothing_else(world, mllm):
     "A model that was taught two of four celebrities knows these two, whatever anything else says."
     taught = ("celebrity-001", "celebrity-002")
+    told_ = where(world.records, entity=taught, kind="identity", task="classification", fold="validation")
     base = mllm.copy()
-    records = where(world.records, entity=taught, kind="identity")
-    finetune(base, records.select([i for i, f in enumerate(records["fold"]) if f != "test"]), Recipe(steps=200, tokens=1500, turns=6, lr=4e-3), progress=False)  # validation questions too: they shall be known
+    finetune(base, to_records([candidates(r)[r["options"].index(r["value"])] | dict(options=[], image=raw) for r, raw in zip(told_, told_.cast_column("image", Image(decode=False))["image"])]), Recipe(steps=60, tokens=400, lr=4e-3), progress=False)
     found = select(ask_base(base, world.records, few := PU(n_unlearn=1, n_retain=1)), few)
     assert {*found.part("unlearn"), *found.part("retain")} == {*taught} and {*found.part("unknown")} == {"celebrity-000", "celebrity-003"} and found.never < 1
     assert {*split_of(world.records, found).records["entity"]}.isdisjoint(found.part("unknown"))

@@ -319,7 +319,8 @@ _OURS = dict(levels=LEVELS,  # "intermediate supervision" (a summary of the pape
 @dataclass(frozen=True)
 class CVFNCU(GradientMethod):
     """Contrastive visual forgetting with null-space-constrained updates (arXiv 2605.05909), a reconstruction: no equation and no number of the paper is known.
-    In its log `forget_loss` is L_f and `retain_loss` L_ret (of a batch, also where its weight is 0), `own` the mean cosine of pictures to their original features, `drift` the largest δ of a layer."""
+    In its log `forget_loss` is L_f and `retain_loss` L_ret (of a batch, also where its weight is 0), `own` and `goal` the mean cosines of pictures
+    to their original features and to their anchors, `drift` the largest δ of a layer."""
     parts: tuple[str, ...] = ("vision", "projector")  # "ViT encoder and projector" (a summary of the paper); of them the weights of linear layers that are read
     forget_on: tuple[str, ...] = ("vqa",)  # pictures
     retain_on: tuple[str, ...] = ("vqa",)  # pictures
@@ -332,7 +333,7 @@ class CVFNCU(GradientMethod):
     redraws: int = 30  # how often another stranger is drawn for a person whom the model still recognises at the first; ours
     tau: float = .1  # temperature; see the presets
     negatives: int = 64  # retained features that count as negatives, the nearest; ours
-    lambda_tok: float = 0.  # weight of L_tok; ours
+    lambda_tok: float = 0.  # weight of L_tok; ours, 1 with the anchor `reference`
     lambda_ret: float = 0.  # weight of L_ret; ours
     lambda_replay: float = 0.  # weight of the feature distance of earlier requests' pictures, which are stored if it is positive; ours
     cap: float = 4.  # cross-entropy of forget answers (nats a token) that is enough, for what uses it; the prototype's capped GradDiff
@@ -346,8 +347,9 @@ class CVFNCU(GradientMethod):
     PRESETS = {
         "reconstruction": dict(_OURS, lambda_ret=0., ncu="weights", rule="tail", threshold=.05,
             lr=1e-5, steps=None),  # the first of Open-MMUnlearning's grid; one pass over the pictures
-        "embedded": dict(_OURS, lambda_ret=10., ncu="weights", rule="tail", threshold=.2, lr=1e-3, steps=150),  # a prototype's with "null space ρ .2"
-        "embedded-no-ncu": dict(_OURS, lambda_ret=10., ncu="none", lr=1e-3, steps=150)}  # a prototype's without
+        "embedded": dict(_OURS, lambda_ret=10., ncu="weights", rule="tail", threshold=.2, lr=1e-3, steps=150,  # a prototype's with "null space ρ .2"
+            lambda_tok=1.),  # without, the negatives keep features off the anchors (seen on validation questions of the quick world)
+        "embedded-no-ncu": dict(_OURS, lambda_ret=10., ncu="none", lr=1e-3, steps=150, lambda_tok=1.)}  # the same without
     GRIDS = {
         "reconstruction": [dict(lr=v) for v in (1e-5, 2e-5, 3e-5)],  # Open-MMUnlearning's grid, shared by its methods
         **dict.fromkeys(("embedded", "embedded-no-ncu"), [dict(lr=v) for v in (1e-4, 3e-4, 6e-4, 1e-3, 3e-3, 1e-2)])}  # from no forgetting to damage, seen on validation questions
@@ -420,6 +422,7 @@ class CVFNCU(GradientMethod):
                 p.goal = {l: [crowd[l][drawn[e]] for e in p.forget.entity] for l in LEVELS}
             elif self.anchor == "centroid": p.goal = {l: [_mean(crowd[l])]*len(p.forget) for l in LEVELS}
             else: p.goal = {l: [_mean([crowd[l][j] for j in near]) for near in (pooled(p.before[l])@pooled(crowd[l]).T).topk(min(self.nearest, len(crowd[l])), dim=1).indices] for l in LEVELS}
+        if self.lambda_tok and any(f.shape != g.shape for f, g in zip(p.goal["projector"], p.before["projector"])): raise InputError("L_tok compares token by token, but anchors and pictures have different numbers of tokens; use lambda_tok=0 or pictures of one size.")
         if asked is None:
             picture = {(work.forget[int(r[0])]["entity"], work.forget[int(r[0])]["view"]): i for i, r in enumerate(p.forget.records)}
             asked = answers_at(mllm, questions, [p.goal["projector"][picture[q["entity"], q["view"]]] for q in questions]).assign(draw=0)
@@ -455,10 +458,10 @@ class CVFNCU(GradientMethod):
         p, loss, logged = work.prepared, 0., {}
         if self.objective == "contrast":
             now = visual_features(work.mllm, forget.tensors)
-            terms = [self._contrast(now[l], *([f[l][i] for i in forget.index] for f in (p.goal, p.before)), p.bank[l]) for l in self.levels]
-            loss, own = (sum(t)/n for t, n in zip(zip(*terms), (1, len(terms))))
-            logged = dict(forget_loss=loss, own=own)
-            if self.lambda_tok: loss = loss + self.lambda_tok*sum(feature_distance(now[l], *([f[l][i] for i in forget.index] for f in (p.goal, p.before))) for l in self.levels)
+            goal, before = ({l: [f[l][i] for i in forget.index] for l in self.levels} for f in (p.goal, p.before))
+            contrasts, own, there = zip(*(self._contrast(now[l], goal[l], before[l], p.bank[l]) for l in self.levels))
+            loss, logged = sum(contrasts), dict(forget_loss=sum(contrasts), own=sum(own)/len(own), goal=sum(there)/len(there))
+            if self.lambda_tok: loss = loss + self.lambda_tok*sum(feature_distance(now[l], goal[l], before[l]) for l in self.levels)
         if self.objective != "contrast" or self.unfrozen:
             log_probs, is_answer = answer_log_probs(work.mllm, forget.tensors)
             loss, logged = loss + ga_loss(log_probs, is_answer, self.cap), dict(forget_loss=cross_entropy(log_probs, is_answer)) | logged
@@ -470,10 +473,10 @@ class CVFNCU(GradientMethod):
             loss = loss + self.lambda_replay*self._moved(work, p.replay[0].batch(work.mllm, index), work.state.features, index)
         return loss, logged | dict(retain_loss=moved)
 
-    def _contrast(self, now, goal, before, bank) -> tuple[torch.Tensor, torch.Tensor]:  # loss, mean cosine to the original
+    def _contrast(self, now, goal, before, bank) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # L_f, mean cosines to the originals and to the anchors
         z, a, o = pooled(now), pooled(goal), pooled(before)
         own = (a*o).sum(1) <= CLOSE if self.anchor == "reference" else None
-        return contrast_loss(z, a, o, bank, self.tau, self.negatives, own), (z*o).sum(1).mean()
+        return contrast_loss(z, a, o, bank, self.tau, self.negatives, own), (z*o).sum(1).mean(), (z*a).sum(1).mean()
 
     def _moved(self, work, tensors, features, index) -> torch.Tensor:
         "L_ret of some pictures, summed over the levels."
