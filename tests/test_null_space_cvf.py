@@ -230,7 +230,7 @@ def test_a_reference_model_that_sees_something_else_is_the_goal(mllm, request_, 
     loss, logged = method.loss(work, forget, retain)
     now = cvf.visual_features(work.mllm, forget.tensors)
     l_tok = sum(cvf.feature_distance(now[l], [p.goal[l][i] for i in forget.index], [p.before[l][i] for i in forget.index]) for l in cvf.LEVELS)
-    assert float(loss) == pytest.approx(float(logged["forget_loss"] + 2*l_tok), rel=1e-5) and float(l_tok) > 0
+    assert loss.item() == pytest.approx((logged["forget_loss"] + 2*l_tok).item(), rel=1e-5) and l_tok.item() > 0
 
 @pytest.mark.parametrize("anchor", ["nearest", "centroid", "neutral"])
 def test_anchors_that_need_no_draw(mllm, request_, anchor):
@@ -263,7 +263,7 @@ def test_one_part_alone(mllm, request_, part, other):
     assert norms[part] > 0 and norms[other] == norms["language"] == 0
 
 def test_an_unfrozen_language_model_learns_by_the_answers(mllm, request_):
-    method = cvfncu(parts=(), ncu="none", lambda_ret=0., cap=50.)
+    method = cvfncu(parts=(), ncu="none", lambda_ret=0., lambda_tok=0., cap=50.)
     done = method.unlearn(mllm, request_)
     moved = changed(weights_of(mllm), done.mllm)
     assert {n for n in moved if "language_model" in n} == {f"{n}.weight" for n, m in mllm.model.named_modules() if isinstance(m, torch.nn.Linear) and "language_model" in n}
@@ -341,7 +341,7 @@ def test_a_state_is_saved(mllm, few, tmp_path):
     assert Forgotten.load(tmp_path/"small.safetensors").pixels == [] and Forgotten.load(tmp_path/"small.safetensors").requests == 3
 
 def test_replay_keeps_pictures_and_holds_them(mllm, few):
-    method = cvfncu(ncu="none", lambda_replay=5., lambda_ret=0., steps=8, lr=1e-3)
+    method = cvfncu(ncu="none", lambda_replay=5., lambda_ret=0., lambda_tok=0., steps=8, lr=1e-3)
     first = method.unlearn(mllm, few[0])
     theirs = pictures_of(mllm, few[0].forget)
     after = cvf.all_features(first.mllm, theirs)
