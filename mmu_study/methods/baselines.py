@@ -331,7 +331,7 @@ class DPO(TwoTerms):
     RULES = TwoTerms.RULES | dict(beta=POSITIVE)
     PRESETS = dict(
         paper=_MLLMU,  # not in MLLMU-Bench: open-unlearning's loss
-        embedded={**_TINY, "beta": .02})  # at .1 the ratio of a refusal, 40 nats, satisfies the loss before the true answer has lost anything
+        embedded={**_TINY, "beta": .02})  # at .1 the ratio of a refusal, which rises by 100 nats, satisfies the loss before the true answer has lost anything
     GRIDS = dict(paper=_MLLMU_GRID, embedded=_TINY_GRID)
     reference = True
 
@@ -377,7 +377,7 @@ class RMU(TwoTerms):
     RULES = TwoTerms.RULES | dict(layer=(lambda v: v >= 1, "1 or more"), steering=POSITIVE)
     PRESETS = dict(
         paper=dict(_MLLMU, layer=8),  # the output of "layers.7", counted from 1
-        embedded={**_TINY, "lr": 1e-3, "alpha": 3., "layer": 3, "steering": 20.})  # states are about 20 long there
+        embedded={**_TINY, "lr": 1e-3, "alpha": 3., "layer": 3, "steering": 20.})  # states are about 24 long there
     GRIDS = dict(paper=[dict(steering=v) for v in (1., 10., 100.)], embedded=_TINY_FAST)
     reference = True
 
