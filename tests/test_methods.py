@@ -10,7 +10,8 @@ import torch
 from datasets import concatenate_datasets
 
 import mmu_study.methods
-from mmu_study.batches import ask, encode, rows
+from mmu_study.batches import answer_log_probs, ask, encode, rows
+from mmu_study.evaluation import candidates, evaluate
 from mmu_study.faceworld import Faceworld
 from mmu_study.methods.unlearning import GradientMethod, Method, Unlearned, get, method_class, methods, passes, sees_table
 from mmu_study.models import MLLM, PART_NAMES, TinyLlava, TinyQwen2VL, tiny_llava, tiny_qwen2_vl
@@ -230,6 +231,16 @@ def test_on_a_qwen2_vl(qwen, request_, name, tmp_path):
     low = in_bf16(qwen)
     done = small(name, low).unlearn(low, request_)
     assert {p.dtype for p in done.mllm.model.parameters()} == {torch.bfloat16} and done.diagnostics["changed_share"] > 0
+
+def test_scores_of_a_qwen2_vl_are_its_log_probabilities(qwen, request_):
+    "Scoring goes on from a cache, after pictures, after text, in batches with padding; the losses read whole sequences."
+    for records in (request_.forget, where(request_.forget, modality="qa"), request_.forget):
+        some = thin(records, 1).select(range(12))
+        found = evaluate(qwen, some).query("metric == 'probability'").set_index("uid").value
+        for r in rows(some, range(12)):
+            with torch.no_grad(): log_probs, is_answer = answer_log_probs(qwen, encode(qwen, [next(c for c in candidates(r) if c["answer"] in (r["answer"], r["value"]))]))
+            assert found[r["uid"]] == pytest.approx(float((log_probs.sum()/is_answer.sum()).exp()), rel=1e-3)
+    assert qwen.copy().copy().model.model._forward_pre_hooks.keys() == qwen.model.model._forward_pre_hooks.keys()  # counts positions once
 
 @each_method
 def test_a_request_of_one_person(mllm, request_, name):

@@ -397,7 +397,7 @@ class RMU(TwoTerms):
         with torch.no_grad(): before = read(work.start, retain.tensors, layer=self.layer)
         return rmu_loss(now.hidden, before.hidden, now.is_answer), now.ce
 
-# %% ../../nbs/methods/11_baselines.ipynb #7d5ca47a
+# %% ../../nbs/methods/11_baselines.ipynb #e9f2f144
 @register
 @dataclass(frozen=True)
 class Retrain(Method):
@@ -414,7 +414,6 @@ class Retrain(Method):
     PRESETS = dict(
         paper=dict(steps=1000, lr=2e-5, turns=1, optimizer="adamw", weight_decay=0., parts=("language",)),  # "with the recipe of the vanilla model"; its rate as `_MLLMU`, its length our reconstruction
         embedded={})
-    GRIDS = dict(paper=_MLLMU_GRID, embedded=[dict(steps=v) for v in (40, 80, 160, 320, 480, 640)])
     retains = True
 
     @property
