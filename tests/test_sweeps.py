@@ -206,7 +206,7 @@ def test_killed_ten_times_and_the_same_command_again(tmp_path):
 def test_faults_do_not_stop_the_others_and_retry_mends_them(tmp_path):
     found = grid(tmp_path, "product: {what: [hang, raise, memory, killed, ok]}\ntimeout: 20")
     code, out, err = run("sweep", "g.yaml", "--jobs", 2)
-    assert code == 1 and out.splitlines()[5] == "g: 5 runs: 1 done, 4 failed"
+    assert code == 1 and "g: 5 runs: 1 done, 4 failed" in out.splitlines()
     why = dict(hang="Timeout: it took more than 20 seconds", memory="MemoryError", killed="DeadKernel: its process ended before its last cell, as when memory runs out", ok="", **{"raise": "ValueError: not this one"})
     table = sweeps.status(found)
     assert dict(zip(table.label.str.removeprefix("what="), table.error)) == why
@@ -225,7 +225,7 @@ def test_two_sweeps_at_once_execute_every_run_once(tmp_path):
     both = [start("sweep", "g.yaml"), start("sweep", "g.yaml")]
     outs = [p.communicate(timeout=120)[0] for p in both]
     assert [p.returncode for p in both] == [1, 1] and sorted(Path("log").read_text().splitlines()) == ["ok 0", "ok 1", "raise 0"]
-    assert [o.splitlines()[3] for o in outs] == ["g: 3 runs: 2 done, 1 failed"]*2
+    assert all("g: 3 runs: 2 done, 1 failed" in o.splitlines() for o in outs)
 
 def test_an_interruption_leaves_nothing(tmp_path):
     grid(tmp_path, "product: {what: [hang], seed: [0, 1]}")
