@@ -11,6 +11,7 @@ from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
+from threading import current_thread, main_thread
 
 from .runs import Parameter, RunFailed, fill_in, parameters_of, read_value
 from .settings import InputError, atomic_dir, atomic_file, path_of, root, write_json
@@ -210,7 +211,7 @@ def main(
     argv: list[str] | None = None,  # without them, those of the process
 ):
     "The command `mmu-study`. Ends the process: 0, 1 for a run that failed, 2 for an input that is refused, 130 for Ctrl-C."
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that runs are ended and their folders removed
+    if current_thread() is main_thread(): signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that runs are ended and their folders removed
     try:
         given = vars(_parser().parse_args(argv))
         code = given.pop("command")(**given)

@@ -308,6 +308,7 @@ def test_a_state_is_refused_where_none_is_kept(mllm, request_, name):
 def test_presets_and_grids_are_methods(mllm, name, preset):
     cls = method_class(name)
     assert "embedded" in cls.PRESETS
+    if name == "Retrain": assert cls.GRIDS == {}; return  # an oracle has no strength
     grid = cls.grid(preset)
     assert len({get(name, preset, **g) for g in grid}) == len(grid) >= 3
     if preset == "embedded": assert len(grid) == 6
