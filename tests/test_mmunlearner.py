@@ -262,10 +262,10 @@ def test_unmasked_outside_is_the_released_code_s(mllm, request_):
 
 def test_alpha_zero_is_retain_fine_tuning(mllm, request_):
     method = small(alpha=0., steps=3)
-    plain, order = mllm.copy(), mmunlearner.GradientMethod._batches
+    plain, order = mllm.copy(), mmunlearner.GradientMethod.batches
     optimizer = torch.optim.AdamW(plain.train_only(), lr=1e-3, weight_decay=0., eps=1e-6)
     work = method._begin(mllm, request_, None)
-    batches = method._batches(work, work.retain, 4, 1)
+    batches = method.batches(work, work.retain, 4, 1)
     for _ in range(3):
         batch = next(batches).tensors
         logits = plain.model(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, :-1]

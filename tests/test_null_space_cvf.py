@@ -226,7 +226,7 @@ def test_a_reference_model_that_sees_something_else_is_the_goal(mllm, request_, 
     work = method._begin(mllm, replace(request_, generic=None), None)
     p = work.prepared
     assert gap(p.goal["vision"], cvf.all_features(other, p.forget)["vision"]) == 0 and method.sees["retain-only model"] and not method.sees["generic pictures"]
-    forget, retain = next(method._batches(work, work.forget, 4, 0)), next(method._batches(work, work.retain, 3, 1))
+    forget, retain = next(method.batches(work, work.forget, 4, 0)), next(method.batches(work, work.retain, 3, 1))
     loss, logged = method.loss(work, forget, retain)
     now = cvf.visual_features(work.mllm, forget.tensors)
     l_tok = sum(cvf.feature_distance(now[l], [p.goal[l][i] for i in forget.index], [p.before[l][i] for i in forget.index]) for l in cvf.LEVELS)
@@ -269,7 +269,7 @@ def test_an_unfrozen_language_model_learns_by_the_answers(mllm, request_):
     assert {n for n in moved if "language_model" in n} == {f"{n}.weight" for n, m in mllm.model.named_modules() if isinstance(m, torch.nn.Linear) and "language_model" in n}
     assert not moved & {"lm_head.weight", "model.language_model.embed_tokens.weight"}
     work = method._begin(mllm, request_, None)
-    forget, retain = next(method._batches(work, work.forget, 4, 0)), next(method._batches(work, work.retain, 3, 1))
+    forget, retain = next(method.batches(work, work.forget, 4, 0)), next(method.batches(work, work.retain, 3, 1))
     loss, logged = method.loss(work, forget, retain)
     ce = cross_entropy(*answer_log_probs(mllm, forget.tensors))
     assert float(loss) == pytest.approx(float(logged["forget_loss"] + 50 - ce), rel=1e-5)
@@ -278,7 +278,7 @@ def test_an_unfrozen_language_model_learns_by_the_answers(mllm, request_):
 def test_controls_on_the_same_weights(mllm, request_, objective):
     method = cvfncu(objective=objective, lambda_ret=7., cap=50.)
     work = method._begin(mllm, replace(request_, generic=None), None)
-    forget, retain = next(method._batches(work, work.forget, 4, 0)), next(method._batches(work, work.retain, 3, 1))
+    forget, retain = next(method.batches(work, work.forget, 4, 0)), next(method.batches(work, work.retain, 3, 1))
     with torch.no_grad():  # otherwise retained features have not moved yet
         for n in work.weights: work.weights[n].mul_(1.1)
     loss, logged = method.loss(work, forget, retain)
@@ -351,7 +351,7 @@ def test_replay_keeps_pictures_and_holds_them(mllm, few):
     work = method._begin(first.mllm, few[1], first.state)
     with torch.no_grad():
         for n in work.weights: work.weights[n].mul_(1.1)
-    forget, retain = next(method._batches(work, work.forget, 4, 0)), next(method._batches(work, work.retain, 3, 1))
+    forget, retain = next(method.batches(work, work.forget, 4, 0)), next(method.batches(work, work.retain, 3, 1))
     loss, logged = method.loss(work, forget, retain)
     now = cvf.all_features(work.mllm, theirs)
     expected = logged["forget_loss"] + 5*sum(cvf.feature_distance(now[l], after[l]) for l in cvf.LEVELS)

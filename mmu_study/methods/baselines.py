@@ -157,11 +157,6 @@ class TwoTerms(GradientMethod):
         if retain: term, logged["retain_loss"] = self.retain_term(work, retain); total = total + self.alpha*term
         return total, logged
 
-    def backward(self, work, forget, retain):
-        loss, logged = self.loss(work, forget, retain)
-        if loss.requires_grad: loss.backward()  # questions without a picture have no gradient in the vision tower
-        return loss, logged
-
     def planned_steps(self, request):
         "In turn, one pass is over both."
         if not self.in_turn or self.steps is not None: return super().planned_steps(request)
@@ -171,8 +166,8 @@ class TwoTerms(GradientMethod):
         "How many steps a pass over the forget records has, and one over the retain records."
         return -(-len(forget)//self.batch_size), -(-len(retain or ())//(self.retain_batch or self.batch_size))
 
-    def _batches(self, work, records, size, stream):
-        batches = super()._batches(work, records, size, stream)
+    def batches(self, work, records, size, stream):
+        batches = super().batches(work, records, size, stream)
         if not self.in_turn: return batches
         turns = itertools.cycle(np.repeat([0, 1], self._turns(work.forget, work.retain)))
         return (next(batches) if turn == stream else None for turn in turns)

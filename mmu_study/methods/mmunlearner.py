@@ -253,7 +253,7 @@ class MMUnlearner(GradientMethod):
         # tried on the quick world's validation questions (one forget set): scope, rate, threshold, number of records; the cap is GradDiff's, no paper's
         embedded=dict(lr=5e-4, batch_size=16, steps=60, scope="both", saliency_records=100, cap=4.))
     _GRID = [dict(lr=lr, beta=beta) for beta in (.5, 1., 2.) for lr in (1e-5, 2e-5, 3e-5)]  # Open-MMUnlearning's
-    GRIDS = dict(paper=_GRID, released=_GRID, embedded=[dict(lr=v) for v in (1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3)])
+    GRIDS = dict(paper=_GRID, released=_GRID, embedded=[dict(lr=v) for v in (3e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3)])
 
     @property
     def retains(self): return self.gamma > 0
@@ -328,11 +328,9 @@ class MMUnlearner(GradientMethod):
             loss, logged["retain_loss"] = loss + self.gamma*kept.detach(), kept.detach()
         return loss, logged
 
-    def _begin(self, mllm, request, state):
-        work = super()._begin(mllm, request, state)
-        work.prepared = self.mask_for(work.mllm, request)  # the copy still is the model that came in
-        if not self.master: work.weights = {n: p for n, p in work.mllm.model.named_parameters() if p.requires_grad}
-        return work
+    def prepare(self, work): return self.mask_for(work.mllm, work.request)
+
+    def movable(self, work): return super().movable(work) if self.master else {n: p for n, p in work.mllm.model.named_parameters() if p.requires_grad}
 
     def optimizer(self, weights): return torch.optim.AdamW(weights, lr=self.lr, weight_decay=self.weight_decay, eps=self.adam_eps)
 
@@ -350,9 +348,9 @@ class MMUnlearner(GradientMethod):
         n, every = self._rounds(self.forget_records(request), self.retain_records(request))
         return n + -(-n//every)
 
-    def _batches(self, work, records, size, stream):
+    def batches(self, work, records, size, stream):
         "Alternating: one forget batch, then as many retain batches as there are to it, and so on."
-        batches = super()._batches(work, records, size, stream)
+        batches = super().batches(work, records, size, stream)
         if self.mode == "summed" or work.retain is None: return batches
         _, every = self._rounds(work.forget, work.retain)
         return (next(batches) if (step % (every + 1) == 0) == (stream == 0) else None for step in itertools.count())

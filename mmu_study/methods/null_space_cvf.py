@@ -446,7 +446,7 @@ class CVFNCU(GradientMethod):
         language = {f"{n}.weight" for n, m in work.mllm.model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head} & {*work.mllm.parts["language"]} if self.unfrozen else set()
         for n, w in work.mllm.model.named_parameters(): w.requires_grad_(n in work.prepared.layers or n in language)
 
-    def _batches(self, work, records, size, stream):
+    def batches(self, work, records, size, stream):
         "Batches of pictures; where answers are needed, each with one of the questions about it."
         pictures, rng = (work.prepared.forget, work.prepared.retain)[stream], np.random.default_rng([self.seed, stream, 1])
         answers = (self.objective != "contrast" or self.unfrozen, self.objective == "graddiff")[stream]

@@ -302,13 +302,29 @@ class GradientMethod(Method):
         if self.lora: work.lora = with_lora(work.mllm, self.lora, self.parts)
         else: work.mllm.train_only(*self.parts)
 
+    def movable(self, work: Work) -> dict[str, torch.Tensor]:  # name of a trained parameter -> what the optimizer moves in its place
+        "Parameters in low precision are moved as fp32 copies: a step at the usual rates is smaller than the distance of two bf16 numbers."
+        return {n: p if p.dtype == torch.float32 else p.detach().float() for n, p in work.mllm.model.named_parameters() if p.requires_grad}
+
+    def batches(
+        self,
+        work: Work,
+        records: Dataset | None,  # `work.forget` or `work.retain`
+        size: int,
+        stream: int,  # 0 for forget records, 1 for retain records
+    ) -> Iterator[Batch | None]:  # one for every step, for ever; None: nothing of this kind in a step
+        "What each step looks at."
+        if records is None:
+            while True: yield None
+        for index in passes(len(records), size, [self.seed, stream]): yield Batch(index, encode(work.mllm, rows(records, index)))
+
     def optimizer(self, weights: list[torch.Tensor]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(weights, lr=self.lr, weight_decay=self.weight_decay)
 
     def backward(self, work: Work, forget: Batch, retain: Batch | None) -> tuple[torch.Tensor, dict]:
         "Leave the gradients of one step in the trained parameters; returns what `loss` does."
         loss, logged = self.loss(work, forget, retain)
-        loss.backward()
+        if loss.requires_grad: loss.backward()  # a batch without pictures has no gradient in the vision tower
         return loss, logged
 
     def stepped(self, work: Work) -> dict:  # further columns of the log
@@ -334,7 +350,7 @@ class GradientMethod(Method):
         with private_rng(mllm.device, self.seed):
             work = self._begin(mllm, request, state)
             optimizer = self.optimizer(list(work.weights.values()))
-            forget, retain = self._batches(work, work.forget, self.batch_size, 0), self._batches(work, work.retain, self.retain_batch or self.batch_size, 1)
+            forget, retain = self.batches(work, work.forget, self.batch_size, 0), self.batches(work, work.retain, self.retain_batch or self.batch_size, 1)
             for step in tqdm(range(steps + 1), desc=name, mininterval=2, leave=False):  # the last round only shows
                 last = step == steps or work.finished
                 if watch and (step in watch_at or last): watched += _show(watch, step, work)
@@ -353,15 +369,9 @@ class GradientMethod(Method):
         work.mllm.model.eval()
         work.prepared = self.prepare(work)
         self.train(work)
-        # a step at these rates is smaller than the distance of two bf16 numbers: what is moved is fp32
-        work.weights = {n: p if p.dtype == torch.float32 else p.detach().float() for n, p in work.mllm.model.named_parameters() if p.requires_grad}
+        work.weights = self.movable(work)
         work.mllm.model.train()
         return work
-
-    def _batches(self, work: Work, records: Dataset | None, size: int, stream: int) -> Iterator[Batch | None]:
-        if records is None:
-            while True: yield None
-        for index in passes(len(records), size, [self.seed, stream]): yield Batch(index, encode(work.mllm, rows(records, index)))
 
     def _step(self, work, optimizer, forget, retain) -> dict:
         loss, logged = self.backward(work, forget, retain)
