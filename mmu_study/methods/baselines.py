@@ -282,7 +282,7 @@ class SimNPO(TwoTerms):
     PRESETS = dict(
         paper=_MLLMU,  # not in MLLMU-Bench: open-unlearning's loss
         embedded={**_TINY, "gamma": 1.})  # as the other methods have it
-    GRIDS = dict(paper=_MLLMU_GRID, embedded=_TINY_FAST)
+    GRIDS = dict(paper=_MLLMU_GRID, embedded=[dict(lr=v) for v in (1e-5, 3e-5, 1e-4, 3e-4, 6e-4, 1e-3)])
 
     def forget_term(self, work, forget):
         log_probs, is_answer = answer_log_probs(work.mllm, forget.tensors)
@@ -327,7 +327,7 @@ class DPO(TwoTerms):
     PRESETS = dict(
         paper=_MLLMU,  # not in MLLMU-Bench: open-unlearning's loss
         embedded={**_TINY, "beta": .02})  # at .1 the ratio of a refusal, which rises by 100 nats, satisfies the loss before the true answer has lost anything
-    GRIDS = dict(paper=_MLLMU_GRID, embedded=_TINY_GRID)
+    GRIDS = dict(paper=_MLLMU_GRID, embedded=[dict(lr=v) for v in (6e-5, 1e-4, 2e-4, 3e-4, 6e-4, 1e-3)])
     reference = True
 
     def prepare(self, work):
@@ -352,7 +352,7 @@ class UNDIAL(TwoTerms):
         paper=_MLLMU,  # not in MLLMU-Bench: open-unlearning's loss, on answers
         released=dict(_RELEASED, everywhere=True),  # all positions; our schedule as in `paper` (open-unlearning: 1e-4, 10 epochs)
         embedded={**_TINY, "lr": 1e-3, "alpha": 1.})
-    GRIDS = dict(paper=_MLLMU_GRID, released=_MLLMU_GRID, embedded=[dict(lr=lr, beta=beta) for lr, beta in ((3e-4, 10.), (6e-4, 10.), (1e-3, 10.), (1e-3, 20.), (2e-3, 10.), (2e-3, 20.))])
+    GRIDS = dict(paper=_MLLMU_GRID, released=_MLLMU_GRID, embedded=[dict(lr=v) for v in (3e-5, 1e-4, 3e-4, 6e-4, 1e-3, 2e-3)])
     reference = True
 
     def forget_term(self, work, forget):
