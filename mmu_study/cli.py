@@ -23,10 +23,10 @@ def _grid(grid: str, preset: str | None, **options) -> Grid:
     named = path_of("data")/"grids"/f"{grid}.yaml"
     return load_grid(named if not Path(grid).exists() and named.is_file() else grid, preset, **options)
 
-def sweep(grid, preset=None, executor="local", jobs=None, retry_failed=False, emit=False, timeout=None, setup=(), **needs) -> int:
-    "Execute the runs of a grid that are not there yet."
+def sweep(grid, preset=None, gpus=None, executor="local", jobs=None, retry_failed=False, emit=False, timeout=None, setup=(), **needs) -> int:
+    "Execute the runs of a grid that are not done. Started again, it goes on where it was stopped or killed; runs that failed wait for --retry-failed."
     slurm = {n: v for n, v in dict(needs, setup=list(setup)).items() if v}
-    found = _grid(grid, preset, timeout=timeout, slurm=slurm)
+    found = _grid(grid, preset, timeout=timeout, gpus=gpus, slurm=slurm)
     if emit:
         print(*commands(found), sep="\n", end="\n" if commands(found) else "")
         return 0
@@ -38,18 +38,18 @@ def _report(grid: Grid, table) -> int:
     for _, r in table[table.state == "failed"].iterrows(): print(f"failed: {r.label}: {r.error}")
     return int((table.state != "done").any())
 
-def status(grid, preset=None) -> int:
-    "Show which runs of a grid are done, running, failed or missing."
-    found = _grid(grid, preset)
+def status(grid, preset=None, gpus=None) -> int:
+    "Show each run of a grid: done, running, failed or missing; the seconds that it took, or has taken so far; and why it failed."
+    found = _grid(grid, preset, gpus=gpus)
     table = status_of(found)
     wide = max(10, *map(len, table.label))
     print(f"{found.name}: {total(table)}\n{'run':12}  state    seconds  {'parameters':{wide}}  error")
     for r in table.itertuples(): print(f"{r.run}  {r.state:7}  {'' if r.seconds != r.seconds else f'{r.seconds:.1f}':>7}  {r.label:{wide}}  {r.error}".rstrip())
     return 0
 
-def collect(grid, out, preset=None, partial=False) -> int:
-    "Write the scores of all runs of a grid into one parquet file."
-    scores = collect_grid(_grid(grid, preset), out, partial)
+def collect(grid, out, preset=None, gpus=None, partial=False) -> int:
+    "Write the scores of all runs of a grid into one parquet file, with the runs' parameters as columns."
+    scores = collect_grid(_grid(grid, preset, gpus=gpus), out, partial)
     print(f"{out}: {len(scores):,} scores of {scores.run.nunique()} runs")
     return 0
 
@@ -66,7 +66,7 @@ def _study(name: str, preset: str | None, parameters: list) -> Grid:
     return grid_of(known[short], [given], name=short)
 
 def study(names, preset=None, parameters=()) -> int:
-    "Execute studies; what is there already is not made again."
+    "Execute notebooks of nbs/studies; what is done already is not made again, what failed is."
     grids = [_study(name, preset, parameters) for name in names]
     return max(_report(grid, sweep_grid(grid, retry_failed=True)) for grid in grids)
 
@@ -141,7 +141,7 @@ def unlearn(model, benchmark, method, out, preset="paper", changes=(), forget_pc
     return 0
 
 def evaluate(model, benchmark, out=None, per_fact=None, forget_pct=10., forget_seed=0, dtype="float32", device=None) -> int:
-    "Score a checkpoint on a benchmark."
+    "Score a checkpoint on a benchmark and show its accuracies."
     from mmu_study.evaluation import accuracy_by, evaluate as score
     from mmu_study.records import thin
     split = _benchmark(benchmark, forget_pct, forget_seed)
@@ -163,38 +163,39 @@ def _positive(kind):
     number.__name__ = dict(int="whole number", float="number")[kind.__name__]  # argparse says "invalid … value"
     return number
 
-_GRID = [("grid", dict(metavar="GRID", help="a grid file, or the name of one in data/grids")), ("--preset", dict(metavar="NAME", help="one of the presets in the file"))]
+_GRID = [("grid", dict(metavar="GRID", help="a grid file, or the name of one in data/grids")), ("--preset", dict(metavar="NAME", help="one of the presets in the file")),
+    ("--gpus", dict(type=_positive(int), metavar="N", help="GPUs of each run, instead of what the file says; with several, a notebook that uses accelerate has as many processes"))]
 _CHECKPOINT = [("--model", dict(required=True, metavar="DIR_OR_HUB", help="folder or hub id of the checkpoint")),
     ("--benchmark", dict(required=True, metavar="NAME_OR_DIR", help="folder in the schema of MLLMU-Bench, NAME:SOURCE (mllmu:MLLMMU/MLLMU-Bench), or a size of the embedded world"))]
-_SPLIT = [("--forget-pct", dict(type=_positive(float), default=10., metavar="PCT", help="per cent of the people to forget (10)")),
-    ("--forget-seed", dict(type=int, default=0, metavar="N", help="which of them, in the embedded world (0)")),
-    ("--dtype", dict(choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights (float32)")), ("--device", dict(metavar="NAME", help="cuda, cuda:1, cpu (a GPU if there is one)"))]
+_SPLIT = [("--forget-pct", dict(type=_positive(float), default=10., metavar="PCT", help="per cent of the people to forget (default: 10)")),
+    ("--forget-seed", dict(type=int, default=0, metavar="N", help="another choice of them, in the embedded world (default: 0)")),
+    ("--dtype", dict(choices=["float32", "bfloat16", "float16"], default="float32", help="precision of the weights (default: float32)")), ("--device", dict(metavar="NAME", help="cuda, cuda:1, cpu (default: a GPU if there is one)"))]
 _COMMANDS = {
-    sweep: ("mmu-study sweep data/grids/smoke.yaml --jobs 2\nmmu-study sweep GRID.yaml --executor slurm --partition gpu --gpus 1 --time 120 --setup 'module load cuda'\nmmu-study sweep GRID.yaml --emit | parallel -j 4", [
-        *_GRID, ("--executor", dict(choices=list(EXECUTORS), default="local", help="local: processes on this machine; slurm: one job a run; debug: in this process (local)")),
-        ("--jobs", dict(type=_positive(int), metavar="N", help="runs at a time (one, or one for each GPU)")),
-        ("--retry-failed", dict(action="store_true", help="also execute the runs that failed before")),
-        ("--emit", dict(action="store_true", help="only print one command for each run that is not done: for make, GNU parallel, Snakemake")),
-        ("--timeout", dict(type=_positive(float), metavar="SECONDS", help="that a run may take")),
-        "on SLURM, instead of what the file says",
+    sweep: ("mmu-study sweep data/grids/smoke.yaml --jobs 2\nmmu-study sweep GRID.yaml --executor slurm --jobs 16 --partition gpu --gpus 1 --time 120 --setup 'module load cuda'\nmmu-study sweep GRID.yaml --emit | parallel -j 4", [
+        *_GRID, ("--executor", dict(choices=list(EXECUTORS), default="local", help="local: processes on this machine; slurm: one job for each run; debug: one after the other, through submitit but here (default: local)")),
+        ("--jobs", dict(type=_positive(int), metavar="N", help="runs at a time (default: as many as there are GPUs for, else one; on SLURM as many as it gives)")),
+        ("--retry-failed", dict(action="store_true", help="also execute the runs that have failed")),
+        ("--emit", dict(action="store_true", help="execute nothing; print a shell command for each run that is not done, for make, GNU parallel or Snakemake")),
+        ("--timeout", dict(type=_positive(float), metavar="SECONDS", help="end a run after so long; it has then failed")),
+        "what each run gets on SLURM, instead of what the file says",
         *[(f"--{n}", dict(metavar="NAME", help="as in sbatch")) for n in ("partition", "account", "qos", "constraint")],
-        *[(f"--{n}", dict(type=_positive(int), metavar="N", help="for each run")) for n in ("gpus", "cpus")],
-        ("--memory", dict(type=_positive(float), metavar="GIB", help="for each run")), ("--time", dict(type=_positive(int), metavar="MINUTES", help="for each run")),
-        ("--setup", dict(action="append", default=[], metavar="LINE", help="shell line before each run; again for each"))]),
+        ("--cpus", dict(type=_positive(int), metavar="N", help="processor cores")), ("--memory", dict(type=_positive(float), metavar="GIB", help="main memory")),
+        ("--time", dict(type=_positive(int), metavar="MINUTES", help="limit of the job (default: --timeout and five minutes, else 60)")),
+        ("--setup", dict(action="append", default=[], metavar="LINE", help="shell line before the run; again for each"))]),
     status: ("mmu-study status data/grids/smoke.yaml", _GRID),
     collect: ("mmu-study collect data/grids/smoke.yaml --out scores.parquet", [*_GRID, ("--out", dict(required=True, metavar="FILE", help="parquet file to write")),
-        ("--partial", dict(action="store_true", help="also if runs are missing"))]),
-    study: ("mmu-study study first_look --preset quick -p publish true", [("names", dict(nargs="+", metavar="NAME", help="notebook in nbs/studies, with or without its number")),
-        ("--preset", dict(metavar="NAME", help="size: one of the presets in data/grids/NAME.yaml; without it, smoke")),
+        ("--partial", dict(action="store_true", help="take what is done, also if runs are missing"))]),
+    study: ("mmu-study study first_look --preset quick -p publish true", [("names", dict(nargs="+", metavar="NAME", help="a notebook in nbs/studies, with or without its number")),
+        ("--preset", dict(metavar="NAME", help="its size: one of the presets in data/grids/NAME.yaml (default: the smallest, which is what the notebook says)")),
         (("-p", "--parameters"), dict(nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="a parameter of the notebook; again for each")),]),
-    build: ("mmu-study build --world quick --forget-pct 10", [("--world", dict(default="quick", metavar="SIZE", help="smoke, quick, full or large (quick)")), ("--seed", dict(type=int, default=0, metavar="N", help="which world of that size (0)")),
-        ("--forget-pct", dict(type=_positive(float), metavar="PCT", help="also the oracle that never met so many per cent of the people")), ("--forget-seed", dict(type=int, default=0, metavar="N", help="which of them (0)"))]),
+    build: ("mmu-study build --world quick --forget-pct 10", [("--world", dict(default="quick", metavar="SIZE", help="smoke, quick, full or large (default: quick)")), ("--seed", dict(type=int, default=0, metavar="N", help="another world of that size (default: 0)")),
+        ("--forget-pct", dict(type=_positive(float), metavar="PCT", help="also the oracle that never met so many per cent of the people")), ("--forget-seed", dict(type=int, default=0, metavar="N", help="another choice of them (default: 0)"))]),
     methods: ("", []),
     unlearn: ("mmu-study unlearn --model DIR --benchmark mllmu:DIR --method GradDiff --preset paper --set lr=1e-5 --set lora=16 --out unlearned", [
-        *_CHECKPOINT, ("--method", dict(required=True, metavar="M", help="see `mmu-study methods`")), ("--out", dict(required=True, metavar="DIR", help="folder for the new checkpoint, its log and unlearned.json")),
-        ("--preset", dict(default="paper", metavar="P", help="of the method (paper)")), ("--set", dict(dest="changes", action="append", default=[], metavar="FIELD=VALUE", help="a hyperparameter; again for each")), *_SPLIT]),
+        *_CHECKPOINT, ("--method", dict(required=True, metavar="M", help="one of `mmu-study methods`")), ("--out", dict(required=True, metavar="DIR", help="folder for the new checkpoint, its log and unlearned.json")),
+        ("--preset", dict(default="paper", metavar="P", help="its hyperparameters: one of `mmu-study methods` (default: paper)")), ("--set", dict(dest="changes", action="append", default=[], metavar="FIELD=VALUE", help="another value for one of them; again for each")), *_SPLIT]),
     evaluate: ("mmu-study evaluate --model unlearned --benchmark mllmu:DIR --out scores.parquet", [*_CHECKPOINT, ("--out", dict(metavar="FILE", help="parquet file for the scores, a row a question and metric")),
-        ("--per-fact", dict(type=_positive(int), metavar="N", help="ask so many questions for each fact (all)")), *_SPLIT])}
+        ("--per-fact", dict(type=_positive(int), metavar="N", help="ask so many questions for each fact (default: all)")), *_SPLIT])}
 
 def _parser() -> _Parser:
     parser = _Parser(prog="mmu-study", description="Machine unlearning in multimodal models: runs, studies, and methods for your own checkpoint.", epilog="mmu-study COMMAND --help says more.", allow_abbrev=False)

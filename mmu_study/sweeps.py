@@ -18,13 +18,13 @@ import pandas as pd
 import yaml
 from filelock import FileLock, Timeout
 
-from .runs import Loader, Run, RunFailed, execute, failure_of, forget_failure, keep_failure, output_of, parameters_of, run_keys
+from .runs import Loader, Run, RunFailed, execute, failure_of, forget_failure, keep_failure, output_of, parameters_of, run_keys, seconds_so_far, shares_work
 from .settings import InputError, atomic_file, path_of, root
 
 # %% ../nbs/runs/32_sweeps.ipynb #b5339b4f
 _NUMBER = (int, float)
-_GRID = dict(notebook=str, parameters=dict, product=dict, list=list, timeout=_NUMBER, slurm=dict, presets=dict)
-_SLURM = dict(partition=str, account=str, qos=str, constraint=str, gpus=int, cpus=int, memory=_NUMBER, time=int, setup=list)
+_GRID = dict(notebook=str, parameters=dict, product=dict, list=list, timeout=_NUMBER, gpus=int, slurm=dict, presets=dict)
+_SLURM = dict(partition=str, account=str, qos=str, constraint=str, cpus=int, memory=_NUMBER, time=int, setup=list)
 _WORDS = {str: "text", dict: "a mapping", list: "a list", int: "a whole number", _NUMBER: "a number"}
 
 def _check(found: dict, allowed: dict, where: str):
@@ -72,7 +72,14 @@ class Grid:
     name: str
     runs: tuple[GridRun, ...]
     timeout: float | None = None  # seconds that a run may take
+    gpus: int | None = None  # of each run
+    processes: int = 1  # that execute each run together
     slurm: dict | None = None  # what a run needs on a cluster
+
+    @property
+    def how(self) -> dict:
+        "What `execute` is told for each of them."
+        return dict(timeout=self.timeout, processes=self.processes)
 
 def grid_of(
     notebook,  # path of a study
@@ -80,21 +87,24 @@ def grid_of(
     *,
     name: str | None = None,  # of the grid; without one the notebook's
     timeout: float | None = None,
+    gpus: int | None = None,
     slurm: dict | None = None,
     runs_dir=None,  # where the folders of runs are; the study's `data/runs`
 ) -> Grid:
     "The runs of a notebook. `InputError` for parameters that it does not have and values that it does not allow."
     notebook, runs_dir = Path(notebook).resolve(), Path(runs_dir or path_of("runs")).resolve()
-    found = dict(zip(run_keys(notebook, given), given))
+    processes = gpus if gpus and shares_work(notebook) else 1
+    found = dict(zip(run_keys(notebook, given, processes), given))
     varies = [n for n in dict.fromkeys(n for g in given for n in g) if len({json.dumps(g.get(n), default=str) for g in given}) > 1]
     label = lambda g: " ".join(f"{n}={g[n]}" for n in varies if n in g) or notebook.stem
-    return Grid(name or notebook.stem, tuple(GridRun(notebook, g, runs_dir/key, label(g)) for key, g in found.items()), timeout, slurm)
+    return Grid(name or notebook.stem, tuple(GridRun(notebook, g, runs_dir/key, label(g)) for key, g in found.items()), timeout, gpus, processes, slurm)
 
 def load_grid(
     path,  # of a grid file
     preset: str | None = None,  # one of its presets
-    parameters: dict | None = None,  # these win over the file's, as do the next two
+    parameters: dict | None = None,  # these win over the file's, as do the next three
     timeout: float | None = None,
+    gpus: int | None = None,
     slurm: dict | None = None,
     runs_dir=None,  # where the folders of runs are; the study's `data/runs`
 ) -> Grid:
@@ -103,11 +113,11 @@ def load_grid(
     data = _read_grid(path)
     presets = data.pop("presets", {})
     if preset is not None and preset not in presets: raise InputError(f"{path.name} has no preset {preset!r}; it has {', '.join(map(str, presets)) or 'none'}.")
-    for changes in (presets.get(preset, {}), dict(timeout=timeout) if timeout else {}, dict(slurm=slurm) if slurm else {}):
+    for changes in (presets.get(preset, {}), {k: v for k, v in dict(timeout=timeout, gpus=gpus, slurm=slurm).items() if v}):
         data |= {k: data.get(k, {}) | v if isinstance(v, dict) else v for k, v in changes.items()}
     _check(data, _GRID, path.name)
     return grid_of(root()/data["notebook"], [row | (parameters or {}) for row in _rows(data, path.name)], name=path.stem,
-        timeout=data.get("timeout"), slurm=data.get("slurm"), runs_dir=runs_dir)
+        timeout=data.get("timeout"), gpus=data.get("gpus"), slurm=data.get("slurm"), runs_dir=runs_dir)
 
 # %% ../nbs/runs/32_sweeps.ipynb #7a93ccd3
 def held(
@@ -122,10 +132,10 @@ def held(
 
 def state_of(
     run: GridRun,
-) -> dict:  # state (done, running, failed, missing), seconds (NaN if it is not known), error (one line)
+) -> dict:  # state (done, running, failed, missing), seconds (that it took, or has taken so far; NaN if that is not known), error (one line)
     "What is known of a run from what is on disk."
     if (done := run.folder/"run.json").is_file(): return dict(state="done", seconds=json.loads(done.read_text())["seconds"], error="")
-    if held(run.folder): return dict(state="running", seconds=math.nan, error="")
+    if held(run.folder): return dict(state="running", seconds=seconds_so_far(run.folder), error="")
     if record := failure_of(run.folder): return dict(state="failed", seconds=record.get("seconds", math.nan), error=record["error"])
     return dict(state="missing", seconds=math.nan, error="")
 
@@ -160,10 +170,10 @@ class _Progress:
 
     def _print(self, text): print(f"\r\033[K{text}" if sys.stdout.isatty() else text, end="", flush=True)
 
-def _attempt(run: GridRun, timeout=None, **how) -> dict:  # state, seconds, error; and `lost` for what could not be written down
+def _attempt(run: GridRun, **how) -> dict:  # state, seconds, error; and `lost` for what could not be written down
     "Execute one run that has not failed before; a failure is no exception here."
     begun = time.monotonic()
-    try: done = execute(run.notebook, run.given, runs_dir=run.folder.parent, timeout=timeout, retry=False, **how)
+    try: done = execute(run.notebook, run.given, runs_dir=run.folder.parent, retry=False, **how)
     except RunFailed as e:
         record = failure_of(run.folder)
         return dict(state="failed", seconds=time.monotonic() - begun, error=record["error"] if record else str(e), lost=record is None)
@@ -177,10 +187,12 @@ def _gpus() -> list[str]:
     return (output_of("nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader") or "").split()
 
 def _local(grid: Grid, todo: list[GridRun], jobs: int | None, progress: _Progress):
-    gpus = _gpus()
-    jobs = jobs or len(gpus) or 1
+    gpus, each = _gpus(), grid.gpus or 1
+    if (grid.gpus or 0) > len(gpus): raise InputError(f"A run of {grid.name} needs {grid.gpus} GPU{'s'*(each > 1)}; here {'is' if len(gpus) == 1 else 'are'} {len(gpus) or 'none'}.")
+    groups = [",".join(gpus[i:i + each]) for i in range(0, len(gpus) - each + 1, each)]
+    jobs = jobs or len(groups) or 1
     slots, left, choosing, stop = Queue(), list(todo), Lock(), Event()
-    for i in range(jobs): slots.put(dict(CUDA_VISIBLE_DEVICES=gpus[i % len(gpus)]) if len(gpus) > 1 else {})
+    for i in range(jobs): slots.put(dict(CUDA_VISIBLE_DEVICES=groups[i % len(groups)]) if len(gpus) > 1 else {})
 
     def work():
         with choosing:
@@ -189,7 +201,7 @@ def _local(grid: Grid, todo: list[GridRun], jobs: int | None, progress: _Progres
         while held(run.folder):
             if stop.wait(1): return None
         slot = slots.get()
-        outcome = _attempt(run, grid.timeout, environment=slot, stop=stop, progress=jobs == 1)
+        outcome = _attempt(run, **grid.how, environment=slot, stop=stop, progress=jobs == 1)
         slots.put(slot)
         if outcome.pop("lost", False): left.clear()  # a full disk, say: the next ones would be lost too
         return run, outcome
@@ -204,7 +216,7 @@ def _local(grid: Grid, todo: list[GridRun], jobs: int | None, progress: _Progres
     finally: stop.set(); pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/runs/32_sweeps.ipynb #70b19c59
-_SUBMITIT = dict(partition="slurm_partition", account="slurm_account", qos="slurm_qos", constraint="slurm_constraint", gpus="gpus_per_node", cpus="cpus_per_task",
+_SUBMITIT = dict(partition="slurm_partition", account="slurm_account", qos="slurm_qos", constraint="slurm_constraint", cpus="cpus_per_task",
     memory="mem_gb", time="timeout_min", setup="slurm_setup")
 
 def _executor(grid: Grid, jobs: int | None, cluster: str):
@@ -215,12 +227,13 @@ def _executor(grid: Grid, jobs: int | None, cluster: str):
     needs = dict(time=math.ceil(grid.timeout/60) + 5 if grid.timeout else 60) | (grid.slurm or {})
     needs["setup"] = [f"export MMU_STUDY_ROOT={shlex.quote(str(root()))}", *map(str, needs.get("setup", []))]
     executor = submitit.AutoExecutor(folder=grid.runs[0].folder.parent/".submitit", cluster=cluster)
-    executor.update_parameters(name=f"mmu-{grid.name}", **{_SUBMITIT[n]: v for n, v in needs.items()}, **(dict(slurm_array_parallelism=jobs) if jobs else {}))
+    executor.update_parameters(name=f"mmu-{grid.name}", **{_SUBMITIT[n]: v for n, v in needs.items()},
+        **(dict(gpus_per_node=grid.gpus) if grid.gpus else {}), **(dict(slurm_array_parallelism=jobs) if jobs else {}))
     return executor
 
 def _debug(grid: Grid, todo: list[GridRun], jobs: int | None, progress: _Progress):
     executor = _executor(grid, jobs, "debug")
-    for run in todo: progress.line(run, **{k: v for k, v in executor.submit(_attempt, run, grid.timeout, progress=True).result().items() if k != "lost"})
+    for run in todo: progress.line(run, **{k: v for k, v in executor.submit(_attempt, run, **grid.how, progress=True).result().items() if k != "lost"})
 
 def _queued(*which) -> set[str] | None:
     "The jobs that SLURM has not ended, by submitit's names for them; None if it does not answer."
@@ -232,7 +245,7 @@ def _slurm(grid: Grid, todo: list[GridRun], jobs: int | None, progress: _Progres
     if still := _queued(f"--name=mmu-{grid.name}"): raise InputError(f"SLURM still has {len(still)} jobs of the grid {grid.name}; wait for them, or end them with: scancel --name=mmu-{grid.name}.")
     from submitit.core.utils import FailedJobError
     try:
-        with executor.batch(): submitted = [(executor.submit(_attempt, run, grid.timeout, progress=False), run) for run in todo]
+        with executor.batch(): submitted = [(executor.submit(_attempt, run, **grid.how, progress=False), run) for run in todo]
     except FailedJobError as e: raise InputError(f"SLURM did not take the jobs: {' '.join(str(e).split())}") from None
     print(f"SLURM job {submitted[0][0].job_id.split('_')[0]}, {len(submitted)} runs; logs are in {executor.folder}. It goes on when this command is ended.", flush=True)
     asked, gone = time.monotonic(), set()
@@ -277,7 +290,7 @@ def commands(
     "Shell commands that execute what is missing of a grid, each for itself."
     typed = {n: p.type for n, p in parameters_of(grid.runs[0].notebook).items()}
     text = lambda n, v: v if typed[n] == "str" else json.dumps(v)
-    limit = ["--timeout", f"{grid.timeout:g}"] if grid.timeout else []
+    limit = [*(["--timeout", f"{grid.timeout:g}"] if grid.timeout else []), *(["--processes", str(grid.processes)] if grid.processes > 1 else [])]
     return [shlex.join([sys.executable, "-m", "mmu_study.runs", str(r.notebook), *itertools.chain.from_iterable(("-p", n, text(n, v)) for n, v in r.given.items()), *limit])
         for r in grid.runs if state_of(r)["state"] != "done"]
 

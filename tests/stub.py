@@ -1,4 +1,4 @@
-"What the tests of sweeps share: a notebook that does next to nothing, grid files, and the command."
+"What the tests of runs and sweeps share: a notebook that does next to nothing, grid files, and the command."
 import os, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -21,9 +21,9 @@ if not pathlib.Path('mended').exists():
     if what == 'hang': time.sleep(600)
 (folder/'half').write_text('whole')"""
 
-def notebook(path, *code, settings=SETTINGS):
+def notebook(path, *code, settings=SETTINGS, tags=("parameters",)):
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in (settings, *(code or (WORK,)))])
-    nb.cells[0].metadata["tags"] = ["parameters"]
+    nb.cells[0].metadata["tags"] = list(tags)
     nb.metadata["kernelspec"] = dict(name="python3", language="python", display_name="Python 3")
     path.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(nb, path)

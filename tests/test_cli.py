@@ -1,5 +1,5 @@
 "The command `mmu-study`: every --help reads, every bad input is one sentence and exit code 2, and one's own checkpoint goes in and comes out."
-import json, os, re, signal, subprocess, sys, tomllib
+import json, re, signal, subprocess, sys, tomllib
 from pathlib import Path
 
 import pandas as pd
@@ -17,12 +17,8 @@ COMMANDS = [function.__name__ for function in cli._COMMANDS]
 ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(autouse=True)
-def project(tmp_path, monkeypatch):
-    "A project folder of its own."
-    monkeypatch.setenv("MMU_STUDY_ROOT", str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(mmu_study.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]))
-    monkeypatch.delenv("MMU_STUDY_RUN_DIR", raising=False)
-    monkeypatch.chdir(tmp_path)
+def this_process(project):
+    "What the command changes in the process that it ends."
     before, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
     yield
     signal.signal(signal.SIGTERM, before); torch.set_num_threads(threads)

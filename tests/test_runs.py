@@ -1,5 +1,5 @@
 "Runs: guards before, one folder per run, nothing half-written after a kill, one sentence for what is refused."
-import json, os, signal, subprocess, sys, time
+import json, os, re, signal, subprocess, sys
 from pathlib import Path
 
 import nbformat
@@ -7,27 +7,16 @@ import pandas as pd
 import psutil
 import pytest
 
-import mmu_study
+import stub
 from mmu_study import runs
 from mmu_study.settings import InputError
+from stub import leftovers, until
 
+pytestmark = pytest.mark.usefixtures("project")
 SETTINGS = "seed: int = 0  # which world\nlr: float = 1e-3\nmode: str = 'fast'"
 DIR = "import os, pathlib\nfolder = pathlib.Path(os.environ['MMU_STUDY_RUN_DIR'])"
 
-@pytest.fixture(autouse=True)
-def project(tmp_path, monkeypatch):
-    "A project folder of its own; `data/runs` is below it."
-    monkeypatch.setenv("MMU_STUDY_ROOT", str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(Path(mmu_study.__file__).parents[1]))
-    monkeypatch.delenv("MMU_STUDY_RUN_DIR", raising=False)
-    monkeypatch.chdir(tmp_path)
-
-def notebook(path, *code, settings=SETTINGS, tags=("parameters",)):
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in (settings, *code)])
-    nb.cells[0].metadata["tags"] = list(tags)
-    nb.metadata["kernelspec"] = dict(name="python3", language="python", display_name="Python 3")
-    nbformat.write(nb, path)
-    return path
+def notebook(path, *code, settings=SETTINGS, **kw): return stub.notebook(path, *(code or ("",)), settings=settings, **kw)
 
 def command(*args, **kw):
     return subprocess.Popen([sys.executable, "-m", "mmu_study.runs", *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
@@ -38,12 +27,6 @@ def finished(process):
     return process.returncode, out, [*err.splitlines(), ""][:-1][-1:]
 
 def folders(path): return sorted(p.name for p in (path/"data/runs").glob("[!.]*"))
-
-def until(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(.05)
 
 def started(folder):
     "The kernel's process, once the notebook has written its id there."
@@ -109,7 +92,7 @@ def test_scores_are_checked_and_joined_with_the_parameters(tmp_path):
     runs.save_scores(df, tmp_path)
     run = runs.Run("k", tmp_path, dict(parameters=dict(seed=3, method="all", grid=[1, 2])))
     assert run.scores().equals(df.assign(seed=3))
-    assert [p.name for p in tmp_path.glob(".partial*")] == []
+    assert leftovers(tmp_path) == []
     with pytest.raises(InputError, match="lack the column uid"): runs.save_scores(df.drop(columns="uid"), tmp_path)
     with pytest.raises(InputError, match="has no scores.parquet"): runs.load_scores(tmp_path/"none")
 
@@ -121,19 +104,20 @@ def test_a_run_is_made_once_and_shown_in_its_source(tmp_path, monkeypatch):
     other.write_text(json.dumps(dict(argv=["false"], display_name="Python 3", language="python")))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path/"jupyter"))
     path = notebook(tmp_path/"toy.ipynb", "from mmu_study.runs import run_dir\n(run_dir()/'made').write_text(mode)",
-        "import os, sys\nsys.stderr.write('noise')\nprint(sys.executable, os.environ['OMP_WAIT_POLICY'], os.getcwd())\nseed")
-    run = runs.execute(path, dict(seed=4), progress=False)
+        "import os, sys\nsys.stderr.write('noise')\nprint(sys.executable, os.environ['OMP_WAIT_POLICY'], os.environ['CUDA_VISIBLE_DEVICES'], os.getcwd())\nseed")
+    run = runs.execute(path, dict(seed=4), progress=False, environment=dict(CUDA_VISIBLE_DEVICES="GPU-b"))
     assert (run.skipped, run.path, (run.path/"made").read_text()) == (False, tmp_path/"data/runs"/run.key, "fast")
     assert run.info == json.loads((run.path/"run.json").read_text()) and run.info["parameters"] == dict(seed=4, lr=1e-3, mode="fast")
-    assert set(run.info) == {"notebook", "parameters", "key", "seconds", "finished", *runs.provenance()} and run.info["commit"] is None
+    assert set(run.info) == {"notebook", "parameters", "key", "processes", "seconds", "finished", *runs.provenance()} and run.info["commit"] is None
     before = sorted((p.name, p.stat().st_mtime_ns) for p in run.path.iterdir())
+    assert [name for name, _ in before] == ["made", "notebook.ipynb", "run.json"]
     again = runs.execute(path, dict(seed=4, mode="fast"), progress=False)
     assert again.skipped and again.info == run.info and before == sorted((p.name, p.stat().st_mtime_ns) for p in run.path.iterdir())
     runs.show_outputs(run, path)
     shown = nbformat.read(path, 4)
     assert [c.source for c in shown.cells][0] == SETTINGS and len(shown.cells) == 3
     assert [o.output_type for o in shown.cells[2].outputs] == ["stream", "execute_result"]  # without stderr
-    assert shown.cells[2].outputs[0].text == f"{sys.executable} PASSIVE {tmp_path}\n" and shown.cells[2].outputs[1].data["text/plain"] == "4"
+    assert shown.cells[2].outputs[0].text == f"{sys.executable} PASSIVE GPU-b {tmp_path}\n" and shown.cells[2].outputs[1].data["text/plain"] == "4"
     assert runs.run_key(path, dict(seed=4)) == run.key
     with pytest.raises(InputError, match="has changed since the run"): runs.show_outputs(run, notebook(tmp_path/"toy.ipynb", "seed + 1"))
 
@@ -141,7 +125,7 @@ def test_a_failing_notebook_leaves_no_run(tmp_path):
     path = notebook(tmp_path/"bad.ipynb", "print('so far')", "raise KeyError('two\\nlines')", "print('never')")
     with pytest.raises(runs.RunFailed, match=r"^bad.ipynb failed: KeyError: 'two\\nlines' \(executed up to there: .*\)\.$") as e: runs.execute(path, progress=False)
     assert folders(tmp_path) == ["failed"] and e.value.copy == tmp_path/f"data/runs/failed/{runs.run_key(path)}.ipynb"
-    assert "so far" in e.value.copy.read_text() and [*(tmp_path/"data/runs").glob(".partial*")] == []
+    assert "so far" in e.value.copy.read_text() and leftovers("data/runs") == []
 
 def test_a_kernel_that_dies_and_one_that_takes_too_long(tmp_path):
     with pytest.raises(runs.RunFailed, match="DeadKernel"): runs.execute(notebook(tmp_path/"a.ipynb", "import os; os._exit(9)"), progress=False)
@@ -161,20 +145,23 @@ def test_exit_codes_and_sentences(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as e: runs.main()
         assert e.value.code == 2 and capsys.readouterr().err == says + "\n"
 
-def test_kill_9_in_the_middle_and_the_same_command_again(tmp_path):
-    path = notebook(tmp_path/"a.ipynb", DIR, "(folder/'half').write_text('half')\nif not (started := pathlib.Path('started')).exists():\n"
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kill_9_in_the_middle_and_the_same_command_again(tmp_path, processes):
+    path = notebook(tmp_path/"a.ipynb", DIR + "  # not accelerate", "(folder/'half').write_text('half')\nif not (started := pathlib.Path('started')).exists():\n"
         "    started.write_text(str(os.getpid()))\n    import time; time.sleep(60)", "(folder/'half').write_text('whole')")
-    first = command(path, "-p", "lr", "1e-4", start_new_session=True)
-    kernel = started(tmp_path)
+    argv = path, "-p", "lr", "1e-4", "--processes", processes
+    first = command(*argv, start_new_session=True)
+    started(tmp_path)
+    below = psutil.Process(first.pid).children(recursive=True)
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
-    until(lambda: ended(kernel), 5)  # nothing goes on behind it
+    until(lambda: all(map(ended, below)), 5)  # nothing goes on behind it
     assert folders(tmp_path) == []
-    code, out, _ = finished(command(path, "-p", "lr", "1e-4"))
-    key = runs.run_key(path, dict(lr=1e-4))
+    code, out, _ = finished(command(*argv))
+    key, = runs.run_keys(path, [dict(lr=1e-4)], processes)
     assert code == 0 and out.startswith("a: executed in") and out.endswith(f"data/runs/{key}\n")
     assert folders(tmp_path) == [key] and (tmp_path/"data/runs"/key/"half").read_text() == "whole"
-    assert [*(tmp_path/"data/runs").glob(".partial*")] == []
+    assert leftovers("data/runs") == []
 
 def test_an_interruption_ends_the_kernel_and_leaves_nothing(tmp_path):
     path = notebook(tmp_path/"a.ipynb", "import os, pathlib, time\npathlib.Path('started').write_text(str(os.getpid()))\ntime.sleep(60)")
@@ -182,7 +169,7 @@ def test_an_interruption_ends_the_kernel_and_leaves_nothing(tmp_path):
     kernel = started(tmp_path)
     process.terminate()
     process.communicate(timeout=10)
-    assert process.returncode == 143 and folders(tmp_path) == [] and [*(tmp_path/"data/runs").glob(".partial*")] == []
+    assert process.returncode == 143 and folders(tmp_path) == [] and leftovers("data/runs") == []
     until(lambda: ended(kernel), 5)
 
 def test_two_processes_execute_once(tmp_path):
@@ -190,3 +177,35 @@ def test_two_processes_execute_once(tmp_path):
     done = [finished(p) for p in [command(path), command(path)]]
     assert [code for code, *_ in done] == [0, 0] and (tmp_path/"log").read_text() == "run\n"
     assert sorted(out.split()[1] for _, out, _ in done) == ["executed", "skipped,"]
+
+# Several processes: they share what two processes of a CPU can share
+
+RANKS = """from accelerate import PartialState
+from accelerate.utils import gather_object
+from mmu_study.runs import run_dir
+state, folder = PartialState(cpu=True), run_dir()
+print(gather_object([(state.process_index, folder.name, os.environ['CUDA_VISIBLE_DEVICES'])]))
+(folder/'mine').write_text(str(state.process_index))"""
+
+def test_several_processes_make_one_run(tmp_path, monkeypatch):
+    (config := tmp_path/"accelerate/default_config.yaml").parent.mkdir()
+    config.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\ngpu_ids: '6,7'\nnum_processes: 8\n")  # one's own settings of accelerate do not decide
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    path = notebook(tmp_path/"a.ipynb", "import os", RANKS)
+    run = runs.execute(path, progress=False, processes=2, environment=dict(CUDA_VISIBLE_DEVICES="2,3"))
+    assert sorted(p.name for p in run.path.iterdir()) == ["mine", "notebook.ipynb", "run.json"] and (run.path/"mine").read_text() == "0"
+    shown = nbformat.read(run.path/"notebook.ipynb", 4).cells[-1].outputs[0].text
+    assert re.fullmatch(r"\[\(0, '\.partial-.*', '2,3'\), \(1, 'rank1', '2,3'\)\]\n", shown), shown
+    assert run.info["processes"] == 2 and [run.key] == runs.run_keys(path, [{}], 2) != [runs.run_key(path)]
+
+def test_one_process_of_several_fails(tmp_path, capfd):
+    path = notebook(tmp_path/"a.ipynb", "import os, pathlib, time  # not accelerate\nrank = os.environ['RANK']\npathlib.Path('kernel' + rank).write_text(str(os.getpid()))",
+        "while not pathlib.Path('kernel0').exists(): time.sleep(.1)\nif rank == '1': raise ValueError('rank one\\nand more')\ntime.sleep(300)")
+    with pytest.raises(runs.RunFailed, match="ValueError: rank one \\(executed") as e: runs.execute(path, progress=False, processes=2, timeout=60)
+    assert "ValueError" in e.value.copy.read_text() and folders(tmp_path) == ["failed"] and leftovers("data/runs") == []
+    until(lambda: all(not psutil.pid_exists(int((tmp_path/f"kernel{i}").read_text())) for i in (0, 1)), 5)
+    assert "Traceback" not in capfd.readouterr().err
+
+def test_work_that_is_not_shared_has_one_process(tmp_path):
+    with pytest.raises(InputError, match="a.ipynb uses neither accelerate nor torch.distributed"): runs.execute(notebook(tmp_path/"a.ipynb"), processes=2)
+    with pytest.raises(InputError, match="processes is 0"): runs.execute(notebook(tmp_path/"a.ipynb"), processes=0)

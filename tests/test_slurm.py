@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-import mmu_study
 from mmu_study import sweeps
 from stub import folders, grid_file, leftovers, notebook, run, start, until
 
@@ -13,14 +12,11 @@ missing = [c for c in ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeu
 has_slurm = pytest.mark.skipif(bool(missing) or os.getuid() != 0, reason=f"a SLURM of one's own needs root and Debian's packages slurm-wlm and munge{'; there is no ' + ', '.join(missing) if missing else ''}")
 
 @pytest.fixture
-def cluster(tmp_path, monkeypatch):
-    "A SLURM of one node, and a project folder."
+def cluster(project, tmp_path, monkeypatch):
+    "A SLURM of one node."
     pytest.importorskip("submitit", reason="submitit, of the extra mmu_study[slurm], is not installed")
     script, folder = Path(__file__).with_name("slurm.sh"), tmp_path/"slurm"
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(mmu_study.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]))
     monkeypatch.setenv("SLURM_CONF", str(folder/"slurm.conf"))
-    monkeypatch.setenv("MMU_STUDY_ROOT", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
     try:
         started = subprocess.run([script, "start", folder], capture_output=True, text=True, timeout=120)
         assert started.returncode == 0, started.stderr
@@ -58,11 +54,9 @@ def test_a_grid_a_cancelled_job_and_a_retry(tmp_path, cluster):
     assert folders("data/runs") == sorted(r.folder.name for r in found.runs) and leftovers("data/runs") == []
     assert Path("log").read_text().splitlines() == ["hang 0", "ok 1", "hang 0", "ok 2"]
 
-def test_debug_executes_in_this_process(tmp_path, monkeypatch):
+def test_debug_executes_in_this_process(project, tmp_path):
     pytest.importorskip("submitit", reason="submitit, of the extra mmu_study[slurm], is not installed")
-    monkeypatch.setenv("MMU_STUDY_ROOT", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
     notebook(tmp_path/"a.ipynb")
     grid_file(tmp_path/"g.yaml", "notebook: a.ipynb\nproduct: {what: [raise, ok]}")
-    code, out, err = run("sweep", "g.yaml", "--executor", "debug", cwd=tmp_path, env=dict(os.environ, PYTHONPATH=os.pathsep.join([str(Path(mmu_study.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])))
+    code, out, err = run("sweep", "g.yaml", "--executor", "debug")
     assert code == 1 and "g: 2 runs: 1 done, 1 failed" in out and "ValueError: not this one" in out, out + err

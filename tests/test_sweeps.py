@@ -1,5 +1,5 @@
 "Sweeps: a grid file becomes runs, every run is executed once, and whatever goes wrong the same command ends it."
-import json, os, random, resource, signal, subprocess, sys, time
+import json, math, os, random, shlex, resource, signal, subprocess, sys, time
 from pathlib import Path
 
 import pandas as pd
@@ -14,13 +14,7 @@ from stub import folders, grid_file, leftovers, notebook, run, start, until
 
 ROOT = Path(__file__).parents[1]
 
-@pytest.fixture(autouse=True)
-def project(tmp_path, monkeypatch):
-    "A project folder of its own; `data/runs` is below it."
-    monkeypatch.setenv("MMU_STUDY_ROOT", str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(mmu_study.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]))
-    for name in ("MMU_STUDY_RUN_DIR", "CUDA_VISIBLE_DEVICES"): monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("project")
 
 def grid(tmp_path, text="", **options):
     notebook(tmp_path/"a.ipynb")
@@ -48,11 +42,11 @@ def test_product_list_and_both(tmp_path):
     assert given(tmp_path, "list: [{what: a}, {what: b}]\nproduct: {seed: [1, 2]}") == [dict(what="a", seed=1), dict(what="a", seed=2), dict(what="b", seed=1), dict(what="b", seed=2)]
 
 def test_presets_merge_mappings_and_replace_the_rest(tmp_path):
-    text = "parameters: {what: x}\nlist: [{}, {what: y}]\nproduct: {seed: [0, 1]}\nslurm: {gpus: 1, memory: 4}\npresets:\n  none: {}\n  one: {product: {seed: [3]}, list: [{}], timeout: 9, slurm: {gpus: 2}}"
+    text = "parameters: {what: x}\nlist: [{}, {what: y}]\nproduct: {seed: [0, 1]}\nslurm: {cpus: 1, memory: 4}\npresets:\n  none: {}\n  one: {product: {seed: [3]}, list: [{}], timeout: 9, slurm: {cpus: 2}}"
     assert given(tmp_path, text) == given(tmp_path, text, preset="none") and len(given(tmp_path, text)) == 4
     one = grid(tmp_path, text, preset="one")
-    assert [r.given for r in one.runs] == [dict(what="x", seed=3)] and one.timeout == 9 and one.slurm == dict(gpus=2, memory=4)
-    assert grid(tmp_path, text, preset="one", timeout=2.5, slurm=dict(time=7)).slurm == dict(gpus=2, memory=4, time=7)
+    assert [r.given for r in one.runs] == [dict(what="x", seed=3)] and one.timeout == 9 and one.slurm == dict(cpus=2, memory=4)
+    assert grid(tmp_path, text, preset="one", timeout=2.5, slurm=dict(time=7)).slurm == dict(cpus=2, memory=4, time=7)
     assert given(tmp_path, text, preset="one", parameters=dict(seed=8)) == [dict(what="x", seed=8)]
 
 def test_the_same_run_twice_is_one_and_keys_are_those_of_runs(tmp_path):
@@ -61,10 +55,10 @@ def test_the_same_run_twice_is_one_and_keys_are_those_of_runs(tmp_path):
     assert [r.folder.parent for r in found.runs] == [tmp_path/"data/runs"]*3
 
 @pytest.mark.parametrize("text, says", [
-    ("paramters: {seed: 1}", "g.yaml has no key 'paramters'; allowed are notebook, parameters, product, list, timeout, slurm, presets."),
+    ("paramters: {seed: 1}", "g.yaml has no key 'paramters'; allowed are notebook, parameters, product, list, timeout, gpus, slurm, presets."),
     ("product: {seed: 1}", "product of g.yaml must hold lists of values; seed is 1."), ("product: {seed: []}", "seed is \\[\\]"), ("product: [1]", "product of g.yaml must be a mapping"),
     ("list: [1]", "list of g.yaml must hold mappings"), ("list: []", "list of g.yaml must hold mappings"), ("list: [{seed: 1}]\nproduct: {seed: [1]}", "seed is both in product and in list"),
-    ("timeout: soon", "timeout of g.yaml must be a number"), ("timeout: -1", "must be more than 0"), ("timeout: true", "must be a number"), ("slurm: {gpu: 1}", "slurm of g.yaml has no key 'gpu'"), ("slurm: {gpus: 1.5}", "gpus of slurm of g.yaml must be a whole number"),
+    ("timeout: soon", "timeout of g.yaml must be a number"), ("timeout: -1", "must be more than 0"), ("timeout: true", "must be a number"), ("slurm: {cpu: 1}", "slurm of g.yaml has no key 'cpu'"), ("slurm: {cpus: 1.5}", "cpus of slurm of g.yaml must be a whole number"), ("gpus: 0", "gpus of g.yaml must be more than 0"),
     ("presets: {a: 1}", "The preset 'a' of g.yaml must be a mapping"), ("presets: {a: {presets: {}}}", "the preset 'a' of g.yaml has no key 'presets'"),
     ("parameters: {sed: 1}", "a.ipynb has no parameter 'sed'; it has seed, what"), ("product: {seed: [0, '1']}", "must be int; '1' is str"), ("parameters: {seed: 2020-01-01}", "no JSON value"),
     ("parameters: {seed: 1, seed: 2}", "'seed' occurs twice, line 2"), ("parameters: {[1]: 2}", "no parameter|unhashable"), ("parameters: {seed: [}", "cannot be read as plain YAML"), ("notebook: a.ipynb", "'notebook' occurs twice"),
@@ -92,10 +86,12 @@ def test_status_tells_the_four_states(tmp_path):
     finish(found.runs[0], 12.5)
     settings.write_json(tmp_path/f"data/runs/failed/{found.runs[1].folder.name}.json", dict(error="ValueError: no", sentence="…", seconds=3.))
     runs.keep_failure(found.runs[2].folder, "Timeout", "…")
+    (job := tmp_path/f"data/runs/.partial-{found.runs[2].folder.name}-1/job.json").parent.mkdir()
+    job.touch(); os.utime(job, (time.time() - 100,)*2)  # what a run begins with
     with FileLock(tmp_path/f"data/runs/.{found.runs[2].folder.name}.lock"):
         table = sweeps.status(found)
         assert [*table.state] == ["done", "failed", "running", "missing"] and sweeps.total(table) == "4 runs: 1 done, 1 running, 1 failed, 1 missing"
-        assert [*table.seconds[:2]] == [12.5, 3.] and table.seconds[2:].isna().all() and table.error[1] == "ValueError: no"
+        assert [*table.seconds[:2]] == [12.5, 3.] and 100 <= table.seconds[2] < 110 and math.isnan(table.seconds[3]) and table.error[1] == "ValueError: no"
         assert [*table.label] == ["seed=0", "seed=1", "seed=2", "seed=3"]
     assert sweeps.status(found).state[2] == "failed"
 
@@ -149,17 +145,41 @@ def test_collect_wants_everything_or_is_told(tmp_path):
 
 # Executors without a kernel
 
-def test_several_gpus_are_one_for_each_worker(tmp_path, monkeypatch):
+@pytest.fixture
+def together(monkeypatch):
+    "What the runs see that are executed at the same time, at every start of one, on a machine with GPUs a, b, c, d and e; and the number of processes."
     seen, busy = [], []
-    def attempt(run, timeout, environment, **_):
-        busy.append(environment["CUDA_VISIBLE_DEVICES"]); seen.append(sorted(busy)); time.sleep(.05); busy.remove(environment["CUDA_VISIBLE_DEVICES"])
+    def attempt(run, environment, processes, **_):
+        busy.append(mine := (environment["CUDA_VISIBLE_DEVICES"], processes)); seen.append(sorted(busy)); time.sleep(.05); busy.remove(mine)
         return dict(state="done", seconds=0., error="")
     monkeypatch.setattr(sweeps, "_attempt", attempt)
-    monkeypatch.setattr(sweeps, "output_of", lambda *command: "GPU-a\nGPU-b")
-    sweeps.sweep(grid(tmp_path, "product: {seed: [0, 1, 2, 3, 4, 5]}"))
-    assert len(seen) == 6 and all(len(set(now)) == len(now) for now in seen) and ["GPU-a", "GPU-b"] in seen  # without --jobs, one run for each
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    assert sweeps._gpus() == ["3"]
+    monkeypatch.setattr(sweeps, "output_of", lambda *command: "a\nb\nc\nd\ne")
+    return seen
+
+def test_every_worker_has_a_gpu_of_its_own(tmp_path, monkeypatch, together):
+    found = grid(tmp_path, f"product: {{seed: {[*range(12)]}}}")
+    sweeps.sweep(found)
+    assert len(together) == 12 and max(together, key=len) == [(g, 1) for g in "abcde"]  # without --jobs, one run for each
+    assert all(len(set(now)) == len(now) for now in together)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,7")  # those that a cluster gave, say
+    together.clear(); sweeps.sweep(found, jobs=4)
+    assert {g for now in together for g, _ in now} == {"3", "7"}
+
+def test_several_gpus_for_each_run(tmp_path, monkeypatch, together):
+    notebook(tmp_path/"b.ipynb", "from accelerate import Accelerator")
+    found = sweeps.load_grid(grid_file(tmp_path/"b.yaml", "notebook: b.ipynb\nproduct: {seed: [0, 1, 2, 3]}\ngpus: 2"))
+    sweeps.sweep(found)
+    assert len(together) == 4 and max(together, key=len) == [("a,b", 2), ("c,d", 2)] and all(len(set(now)) == len(now) for now in together)  # nobody has e
+    one = sweeps.load_grid("b.yaml", gpus=1)
+    assert not {r.folder for r in one.runs} & {r.folder for r in found.runs}  # a batch is often multiplied by the number of processes
+    assert [r.folder for r in one.runs] == [tmp_path/"data/runs"/runs.run_key("b.ipynb", dict(seed=s)) for s in range(4)]
+    assert [shlex.split(c)[-5:] for c in sweeps.commands(found)] == [["-p", "seed", str(s), "--processes", "2"] for s in range(4)]
+    plain = grid(tmp_path, "product: {seed: [0, 1]}\ngpus: 2")  # it knows nothing of processes: one, that sees both
+    together.clear(); sweeps.sweep(plain)
+    assert max(together, key=len) == [("a,b", 1), ("c,d", 1)] and "--processes" not in sweeps.commands(plain)[0]
+    for visible, says in (("3", "A run of b needs 2 GPUs; here is 1."), ("", "here are none")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        with pytest.raises(InputError, match=says): sweeps.sweep(found)
 
 def test_executors_and_jobs_that_are_not_there(tmp_path, monkeypatch):
     found = grid(tmp_path)
@@ -228,9 +248,11 @@ def test_two_sweeps_at_once_execute_every_run_once(tmp_path):
     assert all("g: 3 runs: 2 done, 1 failed" in o.splitlines() for o in outs)
 
 def test_an_interruption_leaves_nothing(tmp_path):
-    grid(tmp_path, "product: {what: [hang], seed: [0, 1]}")
+    found = grid(tmp_path, "product: {what: [hang], seed: [0, 1]}")
     process = start("sweep", "g.yaml", "--jobs", 2)
     until(lambda: Path("log").exists() and len(Path("log").read_text().splitlines()) == 2)
+    shown = sweeps.status(found)
+    assert [*shown.state] == ["running"]*2 and all(0 < s < 60 for s in shown.seconds)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=10)
     assert process.returncode == 130 and folders("data/runs") == [] and leftovers("data/runs") == [] and not Path("data/runs/failed").exists()

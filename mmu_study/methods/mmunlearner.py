@@ -250,7 +250,7 @@ class MMUnlearner(GradientMethod):
         paper=_PAPER,  # rate, batch and one pass from the README ("1e-5, 4, 1 epoch"); everything else is the fields' defaults
         released=dict(_PAPER, mode="alternating", outside="unmasked", covers=("proj", "fc", "linear", "mlp", "qkv"), clip_first=True, sums="parameter",
             zero_zero="arithmetic", loss_on="all", master=False, check=False),  # data_process/SFRon.py and baselines/MLLMU_manifold.py
-        # tried on the quick world's validation questions (one forget set): scope, rate, threshold, number of records; the cap is GradDiff's, no paper's
+        # tried on the quick world's validation questions (one forget set): scope, threshold, number of records; the rate is from figures/tuning; the cap is GradDiff's, no paper's
         embedded=dict(lr=5e-4, batch_size=16, steps=60, scope="both", saliency_records=100, cap=4.))
     _GRID = [dict(lr=lr, beta=beta) for beta in (.5, 1., 2.) for lr in (1e-5, 2e-5, 3e-5)]  # Open-MMUnlearning's
     GRIDS = dict(paper=_GRID, released=_GRID, embedded=[dict(lr=v) for v in (3e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3)])

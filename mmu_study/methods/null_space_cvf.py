@@ -347,7 +347,7 @@ class CVFNCU(GradientMethod):
     PRESETS = {
         "reconstruction": dict(_OURS, lambda_ret=0., ncu="weights", rule="tail", threshold=.05,
             lr=1e-5, steps=None),  # the first of Open-MMUnlearning's grid; one pass over the pictures
-        "embedded": dict(_OURS, lambda_ret=10., ncu="weights", rule="tail", threshold=.2, lr=1e-3, steps=150,  # a prototype's with "null space ρ .2"
+        "embedded": dict(_OURS, lambda_ret=10., ncu="weights", rule="tail", threshold=.2, lr=1e-3, steps=150,  # a prototype's with "null space ρ .2"; the rate is what tuning chose, too (figures/tuning)
             lambda_tok=1.),  # without, the negatives keep features off the anchors (seen on validation questions of the quick world)
         "embedded-no-ncu": dict(_OURS, lambda_ret=10., ncu="none", lr=1e-3, steps=150, lambda_tok=1.)}  # the same without
     GRIDS = {
