@@ -254,7 +254,7 @@ def test_an_interruption_leaves_nothing(tmp_path):
     shown = sweeps.status(found)
     assert [*shown.state] == ["running"]*2 and all(0 < s < 60 for s in shown.seconds)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=10)
+    process.communicate(timeout=30)
     assert process.returncode == 130 and folders("data/runs") == [] and leftovers("data/runs") == [] and not Path("data/runs/failed").exists()
 
 def test_a_full_disk_is_said_and_nothing_is_torn(tmp_path):
