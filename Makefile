@@ -17,7 +17,6 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.NOTPARALLEL:
 .PHONY: help study test pytest notebooks readme export clean-notebooks lab
 
 help: ## list these commands
@@ -26,7 +25,8 @@ help: ## list these commands
 study: $(READY) ## make the world, train, unlearn, score, draw the figures (PRESET=smoke|quick|full)
 	$(BIN)/python -m mmu_study.runs $(STUDY) -p world $(PRESET) -p forget_pct $(FORGET_PCT) -p publish true
 
-test: pytest notebooks ## all tests
+test: $(READY) ## all tests, those in tests/ and the notebooks side by side
+	$(MAKE) --no-print-directory -j2 pytest notebooks
 
 pytest: export HF_HUB_OFFLINE = 1
 pytest: $(READY) ## the tests in tests/

@@ -36,7 +36,8 @@ def grid_file(path, text):
 
 def start(*args, **kw):
     "The command `mmu-study`, in a session of its own."
-    return subprocess.Popen([sys.executable, "-m", "mmu_study.cli", *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **kw)
+    return subprocess.Popen([sys.executable, "-m", "mmu_study.cli", *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **kw)  # tests that run in the background of a shell would pass on that it ignores interruptions
 
 def run(*args, seconds=120, **kw):
     "Exit code, standard output, standard error."
