@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCORE_COLUMNS', 'Parameter', 'parameters_of', 'fill_in', 'resolve', 'shares_work', 'run_keys', 'run_key', 'output_of',
-           'provenance', 'save_scores', 'load_scores', 'run_dir', 'Run', 'RunFailed', 'seconds_so_far', 'failure_of',
-           'keep_failure', 'forget_failure', 'execute', 'show_outputs', 'Loader', 'read_value', 'main']
+           'provenance', 'save_scores', 'load_scores', 'run_dir', 'unfinished_dir', 'Run', 'RunFailed',
+           'seconds_so_far', 'failure_of', 'keep_failure', 'forget_failure', 'execute', 'show_outputs', 'Loader',
+           'read_value', 'main']
 
 # %% ../nbs/runs/30_runs.ipynb #d901dacf
 import argparse, ast, hashlib, json, math, os, platform, re, shutil, signal, subprocess, sys, time
@@ -205,6 +206,12 @@ def run_dir(
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
+def unfinished_dir(
+    name: str | None = None,  # as for `run_dir`
+) -> Path:
+    "A folder for what a killed run shall take up again: it stays until a run of the same key is finished."
+    return Path(os.environ.get("MMU_STUDY_UNFINISHED_DIR") or run_dir(name)/"unfinished")
+
 @dataclass(frozen=True)
 class Run:
     "One finished run."
@@ -223,10 +230,14 @@ class RunFailed(RuntimeError):
     def __init__(self, message, copy=None): super().__init__(message); self.copy = copy
 
 # %% ../nbs/runs/30_runs.ipynb #eab653d5
-def _environment(folder, more) -> dict:
+def _unfinished(folder, key) -> Path:
+    "Beside the folders of runs."
+    return Path(folder).parent/"unfinished"/key
+
+def _environment(folder, key, more) -> dict:
     "The environment variables of a run, `more` last."
     library = str(Path(mmu_study.__file__).parents[1])  # the library whose source is in the key
-    return dict(os.environ, MMU_STUDY_ROOT=str(root()), MMU_STUDY_RUN_DIR=str(folder), PYTHONPATH=os.pathsep.join(filter(None, [library, os.environ.get("PYTHONPATH")])),
+    return dict(os.environ, MMU_STUDY_ROOT=str(root()), MMU_STUDY_RUN_DIR=str(folder), MMU_STUDY_UNFINISHED_DIR=str(_unfinished(folder, key)), PYTHONPATH=os.pathsep.join(filter(None, [library, os.environ.get("PYTHONPATH")])),
         OMP_NUM_THREADS=setting("threads"), OMP_WAIT_POLICY="PASSIVE", TOKENIZERS_PARALLELISM="false", PYTHONHASHSEED="0", TQDM_NCOLS="60") | more
 
 def _end(process: psutil.Process):
@@ -311,7 +322,7 @@ def _child():
 def _papermill(job, folder, timeout, environment, stop) -> int:
     "Execute `job` in processes of its own and return their exit code; nothing of them is left if this is interrupted."
     program = _CHILD if job["processes"] == 1 else f"from mmu_study.runs import _launch; _launch({job['processes']})"
-    child = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, cwd=root(), env=_environment(folder, environment), start_new_session=True)
+    child = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, cwd=root(), env=_environment(folder, job["key"], environment), start_new_session=True)
     end = math.inf if timeout is None else time.monotonic() + timeout
     try:
         while child.poll() is None:
@@ -383,7 +394,7 @@ def execute(
         copies, start, problem = [f/"notebook.ipynb" for f in _folders(folder, processes)], time.monotonic(), None
         for copy in copies: copy.parent.mkdir(exist_ok=True); nbformat.write(nb, copy)
         cells = sum(bool(c.source.strip()) for c in _code(nb)) + bool(values)  # papermill adds one with the parameters
-        job = dict(name=notebook.stem, parameters=values, cells=cells, progress=progress, processes=processes)
+        job = dict(name=notebook.stem, key=key, parameters=values, cells=cells, progress=progress, processes=processes)
         (folder/"job.json").write_text(json.dumps(job))
         try: code = _papermill(job, folder, timeout, environment or {}, stop or Event())
         except subprocess.TimeoutExpired: code, problem = 1, (copies[0], "Timeout", f"it took more than {timeout:g} seconds")
@@ -397,6 +408,7 @@ def execute(
             error = f"{ename}: {evalue}" if evalue else ename
             raise keep_failure(runs/key, error, f"{notebook.name} failed: {error} (executed up to there: {_kept(runs/key)}).", **about)
         for copy in copies[1:]: shutil.rmtree(copy.parent)
+        shutil.rmtree(_unfinished(folder, key), ignore_errors=True)  # most runs have none
         (folder/"job.json").unlink()
         write_json(folder/"run.json", about)
         forget_failure(runs/key)

@@ -50,9 +50,11 @@ class Recipe:
 class Diverged(RuntimeError):
     "A loss was not finite."
 
-def use_threads():
-    "Give torch the number of threads of `settings.ini`: sums are split by thread, so equal results need an equal number."
-    torch.set_num_threads(int(setting("threads")))
+def use_threads(
+    threads: int = 0,  # 0: as `settings.ini` says; 1 costs the least where several processes work side by side
+):
+    "Give torch a number of threads: sums are split by thread, so equal results need an equal number."
+    torch.set_num_threads(threads or int(setting("threads")))
 
 def optimizers(
     named: list[tuple[str, torch.nn.Parameter]],  # what is trained

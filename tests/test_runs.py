@@ -121,6 +121,20 @@ def test_a_run_is_made_once_and_shown_in_its_source(tmp_path, monkeypatch):
     assert runs.run_key(path, dict(seed=4)) == run.key
     with pytest.raises(InputError, match="has changed since the run"): runs.show_outputs(run, notebook(tmp_path/"toy.ipynb", "seed + 1"))
 
+def test_what_a_failed_run_leaves_unfinished_is_there_at_the_next_attempt_and_gone_afterwards(tmp_path):
+    path = notebook(tmp_path/"long.ipynb", """from mmu_study.runs import unfinished_dir
+import os
+(folder := unfinished_dir()).mkdir(parents=True, exist_ok=True)
+done = sorted(p.name for p in folder.iterdir())
+(folder/f'step {len(done)}').touch()
+if not done: os._exit(9)
+done""")
+    with pytest.raises(runs.RunFailed, match="DeadKernel"): runs.execute(path, progress=False)
+    assert [p.name for p in (tmp_path/"data/runs/unfinished"/runs.run_key(path)).iterdir()] == ["step 0"]
+    run = runs.execute(path, progress=False)
+    assert nbformat.read(run.path/"notebook.ipynb", 4).cells[-1].outputs[0].data["text/plain"] == "['step 0']"
+    assert list((tmp_path/"data/runs/unfinished").iterdir()) == []
+
 def test_a_failing_notebook_leaves_no_run(tmp_path):
     path = notebook(tmp_path/"bad.ipynb", "print('so far')", "raise KeyError('two\\nlines')", "print('never')")
     with pytest.raises(runs.RunFailed, match=r"^bad.ipynb failed: KeyError: 'two\\nlines' \(executed up to there: .*\)\.$") as e: runs.execute(path, progress=False)
