@@ -122,12 +122,12 @@ def methods() -> int:
     print(sees_table().map(lambda seen: "yes" if seen else "-").to_string())
     return 0
 
-def unlearn(model, benchmark, method, out, preset="paper", changes=(), forget_pct=10., forget_seed=0, dtype="float32", device=None) -> int:
+def unlearn(model, benchmark, method, out, preset="paper", changes=(), forget_pct=10., forget_seed=0, dtype="float32", device=None, products="") -> int:
     "Unlearn the forget people of a benchmark from a checkpoint and write the new checkpoint."
     from mmu_study.runs import provenance
     from mmu_study.training import Diverged
     if (out := Path(out)).exists(): raise InputError(f"{out} exists; name a folder that does not.")
-    chosen, split = _method(method, preset, changes), _benchmark(benchmark, forget_pct, forget_seed)
+    chosen, split = _method(method, preset, [*changes, *([f"products={products}"] if products else [])]), _benchmark(benchmark, forget_pct, forget_seed)
     request, = split.requests(1)
     mllm = _model(model, dtype, device)
     try: done = chosen.unlearn(mllm, request)
@@ -171,11 +171,11 @@ _SPLIT = [("--forget-pct", dict(type=_positive(float), default=10., metavar="PCT
     ("--forget-seed", dict(type=int, default=0, metavar="N", help="another choice of them, in the embedded world (default: 0)")),
     ("--dtype", dict(choices=["float32", "bfloat16", "float16"], default="float32", help="precision of the weights (default: float32)")), ("--device", dict(metavar="NAME", help="cuda, cuda:1, cpu (default: a GPU if there is one)"))]
 _COMMANDS = {
-    sweep: ("mmu-study sweep data/grids/smoke.yaml --jobs 2\nmmu-study sweep GRID.yaml --executor slurm --jobs 16 --partition gpu --gpus 1 --time 120 --setup 'module load cuda'\nmmu-study sweep GRID.yaml --emit | parallel -j 4", [
+    sweep: ("mmu-study sweep data/grids/smoke.yaml --jobs 2\nmmu-study sweep GRID.yaml --executor slurm --jobs 16 --partition gpu --gpus 1 --time 120 --setup 'module load cuda'\nmmu-study sweep GRID.yaml --emit | parallel -j 4 'export CUDA_VISIBLE_DEVICES=$(({%} - 1)); eval {}'", [
         *_GRID, ("--executor", dict(choices=list(EXECUTORS), default="local", help="local: processes on this machine; slurm: one job for each run; debug: one after the other, through submitit but here (default: local)")),
         ("--jobs", dict(type=_positive(int), metavar="N", help="runs at a time (default: as many as there are GPUs for, else one; on SLURM as many as it gives)")),
         ("--retry-failed", dict(action="store_true", help="also execute the runs that have failed")),
-        ("--emit", dict(action="store_true", help="execute nothing; print a shell command for each run that is not done, for make, GNU parallel or Snakemake")),
+        ("--emit", dict(action="store_true", help="execute nothing; print a shell command for each run that is not done, for make, GNU parallel or Snakemake; they choose no GPU, so on a machine with several say which, as in the last example")),
         ("--timeout", dict(type=_positive(float), metavar="SECONDS", help="end a run after so long; it has then failed")),
         "what each run gets on SLURM, instead of what the file says",
         *[(f"--{n}", dict(metavar="NAME", help="as in sbatch")) for n in ("partition", "account", "qos", "constraint")],
@@ -193,7 +193,8 @@ _COMMANDS = {
     methods: ("", []),
     unlearn: ("mmu-study unlearn --model DIR --benchmark mllmu:DIR --method GradDiff --preset paper --set lr=1e-5 --set lora=16 --out unlearned", [
         *_CHECKPOINT, ("--method", dict(required=True, metavar="M", help="one of `mmu-study methods`")), ("--out", dict(required=True, metavar="DIR", help="folder for the new checkpoint, its log and unlearned.json")),
-        ("--preset", dict(default="paper", metavar="P", help="its hyperparameters: one of `mmu-study methods` (default: paper)")), ("--set", dict(dest="changes", action="append", default=[], metavar="FIELD=VALUE", help="another value for one of them; again for each")), *_SPLIT]),
+        ("--preset", dict(default="paper", metavar="P", help="its hyperparameters: one of `mmu-study methods` (default: paper)")), ("--set", dict(dest="changes", action="append", default=[], metavar="FIELD=VALUE", help="another value for one of them; again for each")),
+        ("--products", dict(metavar="DIR", default="", help="folder for what does not depend on rates and steps, such as saliencies and second moments (large, for a large model): made once, then used by all that name it")), *_SPLIT]),
     evaluate: ("mmu-study evaluate --model unlearned --benchmark mllmu:DIR --out scores.parquet", [*_CHECKPOINT, ("--out", dict(metavar="FILE", help="parquet file for the scores, a row a question and metric")),
         ("--per-fact", dict(type=_positive(int), metavar="N", help="ask so many questions for each fact (default: all)")), *_SPLIT])}
 

@@ -66,12 +66,19 @@ def key_of(
 def _sweep(target: Path):
     "Remove what killed writers of `target` left behind."
     for old in target.parent.glob(f".partial-{target.name}-*"):
-        if int(old.name.rsplit("-", 1)[1]) in _living(): continue
+        number, _, began = old.name.rsplit("-", 1)[1].partition(".")
+        if began and began == _began(int(number)): continue
         shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
 
-def _living() -> set[int]:
-    "Ids of the processes that run now."
-    return {int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit()} if Path("/proc").is_dir() else set()
+def _began(process: int) -> str:
+    "When a running process began, in ticks of the machine's clock; empty if there is none, or no way to tell."
+    try: return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError: return ""
+
+def _partial(target: Path) -> Path:
+    "Where this process writes what will be `target`."
+    _sweep(target)
+    return target.parent/f".partial-{target.name}-{os.getpid()}.{_began(os.getpid())}"
 
 @contextmanager
 def atomic_file(
@@ -80,8 +87,7 @@ def atomic_file(
     "Yield a temporary path; when the block ends without an error the file there becomes `path`, otherwise it is removed."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
-    partial = path.parent/f".partial-{path.name}-{os.getpid()}"
+    partial = _partial(path)
     try:
         yield partial
         with open(partial, "rb") as f: os.fsync(f.fileno())
@@ -95,8 +101,7 @@ def atomic_dir(
     "Yield a temporary folder; when the block ends without an error it becomes `path`, otherwise it is removed."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
-    partial = path.parent/f".partial-{path.name}-{os.getpid()}"
+    partial = _partial(path)
     partial.mkdir()
     try:
         yield partial

@@ -11,7 +11,7 @@ __all__ = ['UNITS', 'POOLS', 'READS', 'IMPORTANCE', 'Site', 'sites', 'reading', 
 import json, math, time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..batches import answer_log_probs, encode, lengths, prompt_of, rows, text_of
-from .unlearning import NOT_NEGATIVE, POSITIVE, Method, Unlearned, check_watch, diagnose, peak_bytes, private_rng, register
+from .unlearning import NOT_NEGATIVE, POSITIVE, Method, Unlearned, check_watch, diagnose, peak_bytes, private_rng, register, shared
 from ..models import MLLM
 from ..records import MODALITIES, where
 from ..settings import InputError, atomic_file
@@ -477,8 +477,9 @@ class MANU(Method):
         if self.rank_by == "random": return {s: torch.rand(s.width, generator=torch.Generator().manual_seed(self.seed*10**6 + i)) for i, s in enumerate(where_)}, {}
         if self.rank_by == "magnitude": return weight_norms(mllm, where_), {}
         if self.rank_by == "taylor":
-            f, r = (taylor(mllm, d, where_, self.batch_size) for d in (forget, retain))
-            return {s: f[s] - r[s] for s in where_}, {}
+            make = lambda d: ({s.name: t for s, t in taylor(mllm, d, where_, self.batch_size).items()}, None)
+            f, r = (shared(self.products, "taylor", self._made_from(mllm, d, where_), lambda: make(d), mllm.device)[0] for d in (forget, retain))
+            return {s: f[s.name] - r[s.name] for s in where_}, {}
         f, r = ({s: self.important(sums, s) for s in where_} for sums in (self.statistics(mllm, d, where_) for d in (forget, retain)))
         score = paper_score if self.formulas == "paper" else released_score
         share = {part: torch.cat([f[s][2]/f[s].sum(0).clamp(min=self.eps) for s in where_ if s.part == part]).mean().item() for part in self._parts}
@@ -486,7 +487,12 @@ class MANU(Method):
 
     def statistics(self, mllm: MLLM, records: Dataset, where_: list[Site]) -> dict[str, dict[Site, torch.Tensor]]:
         "The five sums with these hyperparameters."
-        return statistics(mllm, records, where_, reads=READS[self.formulas], size=self.batch_size, answers=self.answers, pool=self.pool, tau=self.tau, clamp=self.clamp)
+        how = dict(reads=READS[self.formulas], answers=self.answers, pool=self.pool, tau=self.tau, clamp=self.clamp)
+        make = lambda: ({f"{m}/{s.name}": t for m, of in statistics(mllm, records, where_, size=self.batch_size, **how).items() for s, t in of.items()}, None)
+        sums, _ = shared(self.products, "statistics", self._made_from(mllm, records, where_) | how | dict(reads=self.formulas), make, mllm.device)
+        return {m: {s: sums[f"{m}/{s.name}"] for s in where_ if f"{m}/{s.name}" in sums} for m in MODALITIES}
+
+    def _made_from(self, mllm, records, where_) -> dict: return dict(model=mllm, records=records, sites=[s.name for s in where_], size=self.batch_size)
 
     def important(self, sums: dict[str, dict[Site, torch.Tensor]], site: Site) -> torch.Tensor:  # [4, H]
         "Importance of a site's neurons with these hyperparameters."
@@ -496,7 +502,7 @@ class MANU(Method):
 
     def mask(self, scores: dict[Site, torch.Tensor]) -> PruneMask:
         "The neurons with the highest scores, not yet pruned."
-        return PruneMask(self.unit, {s.name: i for s, i in select(scores, self.alpha, self.group, exact=not self.audit).items()}, self.keep, dict(method="MANU", fields=asdict(self)))
+        return PruneMask(self.unit, {s.name: i for s, i in select(scores, self.alpha, self.group, exact=not self.audit).items()}, self.keep, dict(method="MANU", fields=self.hyperparameters))
 
     def unlearn(self, mllm, request, *, state=None, watch=None, watch_at=()):
         if state is not None: raise InputError("MANU keeps nothing between requests, but was given a state.")

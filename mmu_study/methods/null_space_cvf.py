@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LEVELS', 'NULL_RULES', 'OBJECTIVES', 'ANCHORS', 'CONSTRAINTS', 'DEGENERATE', 'CLOSE', 'projector_of',
            'visual_features', 'Pictures', 'all_features', 'pooled', 'contrast_loss', 'feature_distance', 'seeing',
-           'questions_of', 'answers_at', 'NullSpace', 'null_space', 'drift', 'room', 'read_linears', 'second_moments',
-           'Forgotten', 'blurred', 'CVFNCU']
+           'questions_of', 'answers_at', 'NullSpace', 'spectrum', 'null_space', 'drift', 'room', 'read_linears',
+           'second_moments', 'Forgotten', 'blurred', 'CVFNCU']
 
 # %% ../../nbs/methods/14_null_space_cvf.ipynb #a83c5cf2
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from ..batches import answer_log_probs, cross_entropy, encode, rows
 from ..evaluation import has_words, letter_of, replies
 from .baselines import ga_loss
-from .unlearning import NOT_NEGATIVE, POSITIVE, Batch, GradientMethod, passes, register
+from .unlearning import NOT_NEGATIVE, POSITIVE, Batch, GradientMethod, passes, register, shared
 from ..models import MLLM, PARTS
 from ..records import table, where
 from ..settings import InputError, atomic_file
@@ -192,14 +192,21 @@ class NullSpace:
 
     def float(self) -> "NullSpace": return NullSpace(self.basis.float(), self.null, self.share, self.tail)
 
-def null_space(
+def spectrum(
     C: torch.Tensor,  # [d, d] second moment of retained inputs
+) -> tuple[torch.Tensor, torch.Tensor]:  # eigenvalues [d], ascending and at least 0, and eigenvectors [d, d] in columns
+    "By how much energy the inputs have in which directions."
+    eigenvalues, U = torch.linalg.eigh((C + C.T)/2)
+    return eigenvalues.clamp(min=0), U.contiguous()
+
+def null_space(
+    C: torch.Tensor,  # [d, d]
     rule: str = "tail",  # one of `NULL_RULES`
     threshold: float = .05,  # of the rule
+    known: tuple[torch.Tensor, torch.Tensor] | None = None,  # the spectrum of C, if it is known
 ) -> NullSpace:
     "The directions of least retained energy."
-    eigenvalues, U = torch.linalg.eigh((C + C.T)/2)
-    eigenvalues = eigenvalues.clamp(min=0)
+    eigenvalues, U = known or spectrum(C)
     k, d = int(NULL_RULES[rule](eigenvalues, threshold)), len(C)
     return NullSpace(U[:, :k] if k <= d/2 else U[:, k:], k <= d/2, k/d, float(eigenvalues[:k].sum()/eigenvalues.sum()))
 
@@ -275,6 +282,7 @@ class Forgotten:
 OBJECTIVES = ("contrast", "ce", "graddiff")
 ANCHORS = ("reference", "generic", "nearest", "centroid", "neutral")
 CONSTRAINTS = ("none", "gradient", "weights")
+_PLACED_BY = ("anchor", "pool", "redraws", "nearest", "seed")  # fields that the anchors depend on, beside models and records
 DEGENERATE = .99  # mean cosine of reference anchors and originals from which there is nothing to pull; our threshold
 CLOSE = .9  # from which a reference anchor's original is no negative, because the two would fight; our threshold
 
@@ -387,8 +395,9 @@ class CVFNCU(GradientMethod):
     def prepare(self, work):
         mllm, forget, retain = work.mllm, Pictures.of(work.mllm, work.forget), Pictures.of(work.mllm, work.retain)
         layers = read_linears(mllm, forget.batch(mllm, [0]), tuple(p for p in self.parts or LEVELS if p != "language"))
-        (C, reads), (C_forget, _) = second_moments(mllm, layers, retain), second_moments(mllm, layers, forget)
-        spaces = {n: null_space(c, self.rule, self.threshold) for n, c in self._protected(C, work.state).items()}
+        moments = lambda records, pictures: shared(self.products, "moments", dict(model=mllm, records=records, layers=[*layers]), lambda: second_moments(mllm, layers, pictures), mllm.device)
+        (C, reads), (C_forget, _) = moments(work.retain, retain), moments(work.forget, forget)
+        spaces = self._spaces(self._protected(C, work.state))
         if self.ncu != "none" and not any(s.share for s in spaces.values()): raise InputError(f"No layer has a null space by the rule {self.rule!r} with threshold {self.threshold}, so nothing could be forgotten; choose a larger threshold.")
         before, kept = all_features(mllm, forget), all_features(mllm, retain)
         p = _Prepared(forget, retain, layers, {n: m.weight.detach().float().clone() for n, m in layers.items()}, reads, {n: c.float() for n, c in C.items()},
@@ -398,6 +407,11 @@ class CVFNCU(GradientMethod):
             p.replay = Pictures(work.state.pixels, [], []), passes(len(work.state.pixels), self.retain_batch or self.batch_size, [self.seed, 3])
         return p
 
+    def _spaces(self, C: dict) -> dict[str, NullSpace]:
+        make = lambda: ({f"{n}/{what}": t for n, c in C.items() for what, t in zip(("values", "vectors"), spectrum(c))}, None)
+        found, _ = shared(self.products, "spectra", dict(moments=C), make, next(iter(C.values())).device)
+        return {n: null_space(c, self.rule, self.threshold, (found[f"{n}/values"], found[f"{n}/vectors"])) for n, c in C.items()}
+
     def _protected(self, C: dict, state: Forgotten | None) -> dict:
         "Second moments of everything that shall stay: retained pictures and those of earlier requests."
         if state is None: return C
@@ -406,28 +420,36 @@ class CVFNCU(GradientMethod):
 
     def _place(self, work, p: _Prepared):
         "Choose the anchors, and note what the unchanged model answers there."
-        mllm, questions, asked = work.mllm, questions_of(work.forget), None
-        if self.anchor == "reference":
-            p.goal = all_features(MLLM.load(self.reference_model, mllm.dtype, mllm.device), p.forget)
+        mllm = work.mllm
+        reference = MLLM.load(self.reference_model, mllm.dtype, mllm.device) if self.anchor == "reference" else None
+        made_from = dict(model=mllm, reference=reference, forget=work.forget, generic=work.generic, **{f: getattr(self, f) for f in _PLACED_BY})
+        goal, p.answered = shared(self.products, "anchors", made_from, lambda: self._anchors(work, p, reference), mllm.device)
+        p.goal = {l: [goal[f"{l}/{i}"] for i in range(len(p.forget))] for l in LEVELS}
+        if reference:
             cosine = {l: (pooled(p.goal[l])*pooled(p.before[l])).sum(1).mean().item() for l in self.levels}
             if max(cosine.values()) > DEGENERATE:
                 raise InputError(f"The reference model sees the forget pictures as the model itself does (mean cosine {max(cosine.values()):.3f}, at most {DEGENERATE} is allowed), so there is nothing to pull; use anchor='generic'.")
-        elif self.anchor == "neutral": p.goal = all_features(mllm, Pictures.of(mllm, work.forget, blurred))
+        if self.lambda_tok and any(f.shape != g.shape for f, g in zip(p.goal["projector"], p.before["projector"])): raise InputError("L_tok compares token by token, but anchors and pictures have different numbers of tokens; use lambda_tok=0 or pictures of one size.")
+
+    def _anchors(self, work, p, reference: MLLM | None) -> tuple[dict[str, torch.Tensor], list[dict]]:  # level/picture -> features there, and what is answered
+        mllm, questions, asked = work.mllm, questions_of(work.forget), None
+        if reference: goal = all_features(reference, p.forget)
+        elif self.anchor == "neutral": goal = all_features(mllm, Pictures.of(mllm, work.forget, blurred))
         else:
             rng, meta = np.random.default_rng([self.seed, 2]), table(work.generic)
             distinct = meta.drop_duplicates(["entity", "view"]).index.to_numpy()
             crowd = all_features(mllm, Pictures.of(mllm, work.generic.select(rng.permutation(distinct)[:self.pool])))
             if self.anchor == "generic":
                 drawn, asked = self._draw(mllm, questions, crowd["projector"], rng)
-                p.goal = {l: [crowd[l][drawn[e]] for e in p.forget.entity] for l in LEVELS}
-            elif self.anchor == "centroid": p.goal = {l: [_mean(crowd[l])]*len(p.forget) for l in LEVELS}
-            else: p.goal = {l: [_mean([crowd[l][j] for j in near]) for near in (pooled(p.before[l])@pooled(crowd[l]).T).topk(min(self.nearest, len(crowd[l])), dim=1).indices] for l in LEVELS}
-        if self.lambda_tok and any(f.shape != g.shape for f, g in zip(p.goal["projector"], p.before["projector"])): raise InputError("L_tok compares token by token, but anchors and pictures have different numbers of tokens; use lambda_tok=0 or pictures of one size.")
+                goal = {l: [crowd[l][drawn[e]] for e in p.forget.entity] for l in LEVELS}
+            elif self.anchor == "centroid": goal = {l: [_mean(crowd[l])]*len(p.forget) for l in LEVELS}
+            else: goal = {l: [_mean([crowd[l][j] for j in near]) for near in (pooled(p.before[l])@pooled(crowd[l]).T).topk(min(self.nearest, len(crowd[l])), dim=1).indices] for l in LEVELS}
         if asked is None:
             picture = {(work.forget[int(r[0])]["entity"], work.forget[int(r[0])]["view"]): i for i, r in enumerate(p.forget.records)}
-            asked = answers_at(mllm, questions, [p.goal["projector"][picture[q["entity"], q["view"]]] for q in questions]).assign(draw=0)
+            asked = answers_at(mllm, questions, [goal["projector"][picture[q["entity"], q["view"]]] for q in questions]).assign(draw=0)
         if asked.own.isna().any(): raise Diverged("CVFNCU: the probability of a true answer at an anchor is nan; nothing was kept.")
-        p.answered = [dict(entity=e, draw=int(n), matches=int(a.match.sum()), own=float(a.own.mean()), answers=dict(zip(a.fact, a.reply))) for (e, n), a in asked.groupby(["entity", "draw"])]
+        answered = [dict(entity=e, draw=int(n), matches=int(a.match.sum()), own=float(a.own.mean()), answers=dict(zip(a.fact, a.reply))) for (e, n), a in asked.groupby(["entity", "draw"])]
+        return {f"{l}/{i}": t.clone() for l in LEVELS for i, t in enumerate(goal[l])}, answered  # views of one batch, or one tensor for all, would not go into a file
 
     def _draw(self, mllm: MLLM, questions: list[dict], crowd: list[torch.Tensor], rng) -> tuple[dict[str, int], pd.DataFrame]:
         "For every person a stranger at whose face no answer is true of the person, and all that was answered on the way."

@@ -210,7 +210,7 @@ def sequence(
     `InputError` for an option that the method cannot follow, and a folder of another sequence."""
     asked, questions, folder = requests(split, options), split.score if questions is None else questions, folder and Path(folder)
     chosen = [fitted(method, options, len(r.entities)/len(split.forget_entities)) for r in asked]
-    plan = dict(method=type(method).__name__, fields=asdict(method), options=asdict(options), requests=[r.entities for r in asked], questions=key_of(sorted(questions["uid"])), model=_weight(mllm))
+    plan = dict(method=type(method).__name__, fields=method.hyperparameters, options=asdict(options), requests=[r.entities for r in asked], questions=key_of(sorted(questions["uid"])), model=_weight(mllm))
     now, state, adapter, scores, log, stopped = mllm, None, {}, [], [], ""
     with _kept(folder, plan):
         places = [folder and folder/f"after-{i}" for i in range(1, len(asked) + 1)]
