@@ -23,7 +23,7 @@ from ..evaluation import evaluate
 from ..methods.unlearning import GradientMethod, Method, Unlearned
 from ..metrics import forget_quality, truth_ratios
 from ..models import MLLM
-from ..records import FEATURES, FOLDS, TASKS, ForgetRequest, Split, table, where, with_roles
+from ..records import FEATURES, FOLDS, TASKS, ForgetRequest, Split, column, table, where, with_roles
 from ..settings import InputError, atomic_dir, key_of, write_json
 from ..training import Diverged
 
@@ -149,13 +149,14 @@ def scored(
     questions: Dataset,
     asked: list[ForgetRequest],  # all requests of the sequence
     request: int,  # how many of them were carried out
-) -> pd.DataFrame:  # the columns of `evaluate`, request, asked, subset; with rows of metric `truth_ratio` where there are options
+) -> pd.DataFrame:  # the columns of `evaluate`, request, asked, subset; with rows of metric `truth_ratio` where people who are to be forgotten are asked about with options
     "Score a model within a sequence."
     found, number = evaluate(mllm, questions), {e: i for i, r in enumerate(asked, 1) for e in r.entities}
-    if "classification" in questions["task"]: found = pd.concat([found, truth_ratios(mllm, questions)], ignore_index=True)
+    theirs = where(questions, task="classification", entity=list(number))
+    if len(theirs): found = pd.concat([found, truth_ratios(mllm, theirs)], ignore_index=True)
     found = found.assign(request=request, asked=found.entity.map(number).fillna(0).astype(int))
-    theirs = [found.asked.gt(0) & c for c in (found.asked == request, found.asked < request, found.asked > request)]
-    return found.assign(subset=np.select(theirs, SUBSETS[:3], found.role))
+    when = [found.asked.gt(0) & c for c in (found.asked == request, found.asked < request, found.asked > request)]
+    return found.assign(subset=np.select(when, SUBSETS[:3], found.role))
 
 @dataclass
 class Sequence:
@@ -210,7 +211,7 @@ def sequence(
     `InputError` for an option that the method cannot follow, and a folder of another sequence."""
     asked, questions, folder = requests(split, options), split.score if questions is None else questions, folder and Path(folder)
     chosen = [fitted(method, options, len(r.entities)/len(split.forget_entities)) for r in asked]
-    plan = dict(method=type(method).__name__, fields=method.hyperparameters, options=asdict(options), requests=[r.entities for r in asked], questions=key_of(sorted(questions["uid"])), model=_weight(mllm))
+    plan = dict(method=type(method).__name__, fields=method.hyperparameters, options=asdict(options), requests=[r.entities for r in asked], questions=key_of(sorted(column(questions, "uid"))), model=_weight(mllm))
     now, state, adapter, scores, log, stopped = mllm, None, {}, [], [], ""
     with _kept(folder, plan):
         places = [folder and folder/f"after-{i}" for i in range(1, len(asked) + 1)]
