@@ -75,6 +75,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mmu_study.benchmarks._general': ('core/benchmarks.html#_general', 'mmu_study/benchmarks.py'),
                                       'mmu_study.benchmarks._holes': ('core/benchmarks.html#_holes', 'mmu_study/benchmarks.py'),
                                       'mmu_study.benchmarks._json': ('core/benchmarks.html#_json', 'mmu_study/benchmarks.py'),
+                                      'mmu_study.benchmarks._listed': ('core/benchmarks.html#_listed', 'mmu_study/benchmarks.py'),
                                       'mmu_study.benchmarks._literal': ('core/benchmarks.html#_literal', 'mmu_study/benchmarks.py'),
                                       'mmu_study.benchmarks._mllmu_name': ('core/benchmarks.html#_mllmu_name', 'mmu_study/benchmarks.py'),
                                       'mmu_study.benchmarks._mllmu_pairs': ('core/benchmarks.html#_mllmu_pairs', 'mmu_study/benchmarks.py'),

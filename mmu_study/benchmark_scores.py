@@ -19,7 +19,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from .batches import rows
 from .evaluation import contains, letter_of, mean_log_probs, replies, scoring_mode
-from .metrics import AGGREGATES, aligned, forget_quality, harmonic_mean, ks_test, truth_ratio
+from .metrics import AGGREGATES, aligned, forget_quality, harmonic_mean, ks_test
 from .models import MLLM
 from .records import LETTERS, ROLES, TASKS, Split, table, where
 from .settings import InputError
@@ -150,11 +150,11 @@ def compare_answers(
     log_probs: np.ndarray,  # [2 + wrong] mean log-probability per token of the answer, its paraphrase, and the wrong answers
 ) -> dict[str, float]:
     "The likelihood metrics of one question: `probability`, `share`, `truth_ratio`, `truth_ratio_loss`, `paraphrase_loss`, `perturbed_loss`."
-    p = np.exp(log_probs)
-    ratio = lambda mean: float(truth_ratio(log_probs[1:], 0, mean))
-    # the share relative to the answer: probabilities themselves may all be 0 in floating point
-    return dict(probability=float(p[0]), share=float(1/(1 + np.exp(np.minimum(700, log_probs[2:] - log_probs[0])).sum())), truth_ratio=ratio("probability"), truth_ratio_loss=ratio("loss"),
-        paraphrase_loss=float(-log_probs[1]), perturbed_loss=float(-log_probs[2:].mean()))
+    answer, paraphrase, wrong = log_probs[0], log_probs[1], log_probs[2:]
+    every = np.logaddexp.reduce(wrong)  # of logarithms: probabilities themselves may all be 0 in floating point
+    e = lambda x: float(np.exp(min(700, x)))
+    return dict(probability=e(answer), share=e(answer - np.logaddexp(answer, every)), truth_ratio=e(every - np.log(len(wrong)) - paraphrase), truth_ratio_loss=e(wrong.mean() - paraphrase),
+        paraphrase_loss=float(-paraphrase), perturbed_loss=float(-wrong.mean()))
 
 def exact_match(reply: str, keywords: Iterable[str]) -> float:
     "Share of the keywords that occur in the reply, in any case. Source: `evaluate_util.py` of FIUBench. `InputError` without keywords."

@@ -7,7 +7,7 @@ __all__ = ['COMPANION', 'CAPTION_PROMPTS', 'NAME_PROMPT', 'BENCHMARKS', 'mllmu',
            'from_folder', 'Benchmark', 'benchmark_table', 'load_benchmark', 'write_miniature']
 
 # %% ../nbs/core/02_benchmarks.ipynb #7eb21126
-import ast, base64, binascii, hashlib, inspect, io, json, re, unicodedata, zipfile
+import ast, base64, binascii, hashlib, inspect, io, json, re, unicodedata, zipfile, zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -51,14 +51,18 @@ def _columns(file: Path) -> set[str]:
     try: return set(pq.read_schema(file).names)
     except (pa.ArrowException, OSError) as e: raise InputError(f"The file {file} is no parquet, or is cut off or damaged ({type(e).__name__}).") from None
 
+def _listed(folder: Path, config: str) -> bool:
+    "Does the folder's `README.md` say where this config is? Then `datasets` finds it."
+    return (folder/"README.md").is_file() and re.search(rf"config_name: *['\"]?{re.escape(config)}['\"]? *$", (folder/"README.md").read_text(encoding="utf-8"), re.M) is not None
+
 def _open(source: str, config: str) -> tuple[Iterator[dict], set[str]]:
     "The rows of one config and the columns that all of its files have."
     folder = Path(source)
     if folder.is_dir():
-        files = sorted((folder/config).glob("*.parquet"))
-        if not files: raise InputError(f"{source!r} has no parquet files for the config {config!r}; its folders are {', '.join(sorted(p.name for p in folder.iterdir() if p.is_dir())) or 'none'}.")
-        return chain.from_iterable(map(_file_rows, files)), set.intersection(*map(_columns, files))
-    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source): raise InputError(f"{source!r} is neither a folder nor the name of a data set on the hub (owner/name).")
+        files = sorted((folder/config).rglob("*.parquet"))
+        if files: return chain.from_iterable(map(_file_rows, files)), set.intersection(*map(_columns, files))
+        if not _listed(folder, config): raise InputError(f"{source!r} has no parquet files for the config {config!r}; its folders are {', '.join(sorted(p.name for p in folder.iterdir() if p.is_dir())) or 'none'}.")
+    elif folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source): raise InputError(f"{source!r} is neither a folder nor the name of a data set on the hub (owner/name).")
     try: data = load_dataset(source, config, split="train")
     except ConnectionError:  # `datasets` turns every failure to reach the hub into this, HF_HUB_OFFLINE included
         raise InputError(f"{source!r} is no folder here and the hub cannot be reached: where there is a network run `hf download --repo-type dataset {source} --local-dir FOLDER`, then give that folder instead.") from None
@@ -422,7 +426,7 @@ class _Files:
         if not matches: raise InputError(f"{at}, names the picture {name!r}, which is neither below {self.folder} nor in a zip archive there.")
         best = max(alike(p) for p, _, _ in matches)
         try: contents = {self.archives[file].read(member) if member else file.read_bytes() for p, file, member in matches if alike(p) == best}
-        except (zipfile.BadZipFile, OSError) as e: raise InputError(f"{at}, names the picture {name!r}, which cannot be read ({type(e).__name__}).") from None
+        except (zipfile.BadZipFile, zlib.error, OSError) as e: raise InputError(f"{at}, names the picture {name!r}, which cannot be read ({type(e).__name__}).") from None
         if len(contents) > 1: raise InputError(f"{at}, names the picture {name!r}, and {len(contents)} different files of that name are below {self.folder}.")
         return contents.pop()
 
@@ -554,7 +558,8 @@ def pope(
         packed = file.suffix == ".parquet"
         if not packed: files = files or _Files(folder)
         needed = dict(question={}, answer={}, image=dict(bytes={})) if packed else dict(text={}, label={}, image={})
-        for n, row in enumerate(_file_rows(file) if packed else _json(folder, file.relative_to(folder).as_posix())):
+        said = _file_rows(file) if packed else _json(folder, file.relative_to(folder).as_posix())
+        for n, row in enumerate([said] if isinstance(said, dict) else said):  # a file of one line is one object
             at = f"{file.name}, row {n}"
             if hole := next(_holes(needed, row), None): raise InputError(f"{at}, has no {hole}.")
             question, label = (row["question"], row["answer"]) if packed else (row["text"], row["label"])
