@@ -85,6 +85,18 @@ def _rows(
         if hole := next(_holes(needed, row), None): raise InputError(f"{at}, has no {hole}.")
         yield at, row
 
+def _fetch(
+    source: str,  # folder or hub id
+    *patterns: str,  # of the files that are needed
+    kind: str = "dataset",  # or `model`: what the hub takes the files for
+) -> Path:
+    "The folder, or the one into which these files of the hub were downloaded."
+    if Path(source).is_dir(): return Path(source)
+    if Path(source).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source): raise InputError(f"{source!r} is neither a folder nor the name of a data set on the hub (owner/name).")
+    try: return Path(snapshot_download(source, repo_type=kind, allow_patterns=list(patterns)))
+    except (HfHubHTTPError, OSError, ValueError) as e:  # nothing of that name, no network, or a download that broke off
+        raise InputError(f"{source!r} is no folder here and cannot be fetched from the hub ({type(e).__name__}): where there is a network run `hf download --repo-type {kind} {source} --local-dir FOLDER`, then give that folder instead.") from None
+
 # %% ../nbs/core/02_benchmarks.ipynb #3b009b53
 def _picture(
     data: bytes,  # an encoded picture
@@ -158,7 +170,7 @@ def mllmu(
     source: str,  # hub id (`MLLMMU/MLLMU-Bench`) or a folder with its configs
     forget_pct: int = 10,  # 5, 10 or 15
     retain_views: bool = False,  # score the people to retain on unseen pictures and words too; the benchmark itself does not
-    train: str | None = None,  # folder of `MLLMMU/baseline_train_split` (on the hub it is stored as a model, so download it); without it, `ft_Data` of `source`
+    train: str | None = None,  # hub id (`MLLMMU/baseline_train_split`, stored there as a model) or folder with training pairs; without it, `ft_Data` of `source`
 ) -> Split:
     """MLLMU-Bench (arXiv 2410.22108) for one percentage, as in the table above; the choice of people is the benchmark's own.
     `InputError`, each naming config and ID: a needed column or value that is missing, options or letters other than A to D, a picture that cannot be decoded,
@@ -173,6 +185,7 @@ def mllmu(
     if untested := sorted(people["forget"].keys() - ids(rows["test"]).keys()): raise InputError(f"Test_Set lacks the IDs {', '.join(untested)} of {forget}.")
     if retain_views: rows["views"] = _mllmu_profiles(source, "Test_Set", "retain", people["retain"])
     rows["real"] = _mllmu_profiles(source, "Retain_Set", "real")
+    train = None if train is None else _fetch(str(train), f"{forget}/*", f"{retain}/*", kind="model")
     for config in ["ft_Data"] if train is None else [forget, retain]: rows[f"train {config}"] = _mllmu_pairs(source if train is None else str(train), config, people)
     return Split(to_records(chain.from_iterable(rows.values())), forget_pct, 0)
 
@@ -281,7 +294,7 @@ def clear(
     if both := sorted(people["forget"].keys() & people["retain"].keys()): raise InputError(f"{', '.join(both)} are both in {configs['forget']} and in {configs['retain']}.")
     asked = {r["name"] for r in rows if r["fold"] == "test"}
     for role, config in configs.items():
-        texts = [(n, at, row) for n, (at, row) in enumerate(_rows(source, f"{config}+tofu", {}, key=None, columns=("image", "caption", "question", "answer"))) if row["image"] is None]
+        texts = [(n, at, row) for n, (at, row) in enumerate(_rows(source, f"{config}+tofu", {}, key=None, columns=("image", "caption", "question", "answer"))) if not (row["image"] or {}).get("bytes")]
         for _, at, row in texts:
             if hole := next(_holes(dict(question={}, answer={}), row), None): raise InputError(f"{at}, has neither an image nor a {hole}.")
         nth = Counter()
@@ -351,7 +364,7 @@ def _umu_questions(row: dict, at: str) -> Iterator[dict]:
         if hole := next(_holes(dict(question={}, answer={}), pairs), None): raise InputError(f"{at}, has no {column}.{hole}.")
         if unequal := sorted(map(str, pairs["question"].keys() ^ pairs["answer"].keys())): raise InputError(f"{at}, has in {column} a question without an answer or the other way round: {', '.join(unequal)}.")
         for key, question in pairs["question"].items():
-            yield dict(fold="train", modality=modality, task="generation", fact=str(key), question=question, answer=pairs["answer"][key], value=pairs["answer"][key], options=[])
+            if question and (answer := pairs["answer"][key]): yield dict(fold="train", modality=modality, task="generation", fact=str(key), question=str(question), answer=str(answer), value=str(answer), options=[])
     for column, task in _UMU_TASKS.items():
         parts = _literal(row[column], column, at)
         if not isinstance(parts, dict) or not {"unimodal"} <= parts.keys() or not parts.keys() & {"muitimodal", "multimodal"}: raise InputError(f"{at}, has a {column} without 'unimodal' and 'muitimodal'.")
@@ -362,7 +375,7 @@ def _umu_questions(row: dict, at: str) -> Iterator[dict]:
                 answer, options = str(q["answer"]).strip(), [str(q["options"][l]) for l in LETTERS] if column == "Classify" else []
                 if options and answer[:1] not in tuple(LETTERS): raise InputError(f"{at}, has in {column}.{form}.{key} the answer {answer!r}, which begins with no letter of {', '.join(LETTERS)}.")
                 value = options[LETTERS.index(answer[0])] if options else answer.rstrip(".") if task == "cloze" else answer
-                yield dict(fold="test", modality=_UMU_FORMS[form], task=task, fact=str(key), question=q["question"], answer=answer[0] if options else answer, value=value, options=options)
+                yield dict(fold="test", modality=_UMU_FORMS[form], task=task, fact=str(key), question=str(q["question"]), answer=answer[0] if options else answer, value=value, options=options)
 
 def umu(
     source: str,  # hub id (`linbojunzi/UMU-bench`) or a folder with its configs
@@ -430,14 +443,6 @@ class _Files:
         if len(contents) > 1: raise InputError(f"{at}, names the picture {name!r}, and {len(contents)} different files of that name are below {self.folder}.")
         return contents.pop()
 
-def _fetch(source: str, *patterns: str) -> Path:
-    "A folder, or the folder into which these files of the hub were downloaded."
-    if Path(source).is_dir(): return Path(source)
-    if Path(source).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source): raise InputError(f"{source!r} is neither a folder nor the name of a data set on the hub (owner/name).")
-    try: return Path(snapshot_download(source, repo_type="dataset", allow_patterns=list(patterns)))
-    except (HfHubHTTPError, OSError, ValueError) as e:  # no such data set, no network, or a download that broke off
-        raise InputError(f"{source!r} is no folder here and cannot be fetched from the hub ({type(e).__name__}): where there is a network run `hf download --repo-type dataset {source} --local-dir FOLDER`, then give that folder instead.") from None
-
 def _json(folder: Path, *names: str):
     "The content of the first of these JSON files that is there: one value, or one on every line."
     file = next((folder/n for n in names if (folder/n).is_file()), None)
@@ -479,11 +484,12 @@ def fiubench(
         if role is None: continue
         base = dict(entity=f"fictitious-{i}", name=row.get("name") or "", image=_picture(files.read(row["image_path"], at), at), view=0)
         for n, qa in enumerate(row["qa_list"]):
-            more = dict(paraphrase=say(qa["paraphrased_answer"]), perturbed=[say(a) for a in qa["perturbed_answer"]], questions=qa["paraphrased_question"], keywords=qa["keywords"])
-            base |= dict(fact=f"qa-{n}", answer=say(qa["answer"]))
+            several = {c: [str(v) for v in (qa[c] if isinstance(qa[c], list) else [qa[c]])] for c in ("perturbed_answer", "paraphrased_question", "keywords")}
+            more = dict(paraphrase=say(str(qa["paraphrased_answer"])), perturbed=[say(a) for a in several["perturbed_answer"]], questions=several["paraphrased_question"], keywords=several["keywords"])
+            base |= dict(fact=f"qa-{n}", answer=say(str(qa["answer"])))
             asked = dict(train=("train", role, False, qa["question"]))
             if role == "forget" or i in lists[retain]: asked |= dict(test=("test", role, False, qa["question"]))
-            if role == "forget": asked |= {f"paraphrase-{k}": ("test", "test", True, q) for k, q in enumerate(qa["paraphrased_question"])}
+            if role == "forget": asked |= {f"paraphrase-{k}": ("test", "test", True, q) for k, q in enumerate(several["paraphrased_question"])}
             for part, (fold, of, unseen, question) in asked.items():
                 rows.append(_record(**base, uid=f"{i}/{n}/{part}", role=of, fold=fold, unseen=unseen, question=say(question)))
                 if fold == "test": companion[f"{i}/{n}/{part}"] = more
@@ -545,13 +551,13 @@ def mmbench(
 _POPE_SETS = ("random", "popular", "adversarial")
 
 def pope(
-    source: str,  # folder with question files and pictures (or a zip of them), or with parquet; or one question file beside its pictures
+    source: str,  # folder with question files and pictures (or a zip of them), or with parquet; one question file beside its pictures; or a hub id with parquet (`lmms-lab/POPE`, from memory)
 ) -> Split:
     "Yes/no questions about objects, as of POPE. `InputError`, each naming file and row: no question file, a missing value, a label other than yes or no, a picture that is not there or cannot be decoded."
-    source = Path(source)
-    if not source.exists(): raise InputError(f"{str(source)!r} is no folder with POPE's files.")
+    source = Path(source) if Path(source).is_file() else _fetch(str(source), "*.parquet")
     folder = source if source.is_dir() else source.parent
-    asked = [source] if source.is_file() else sorted(p for end in ("json", "jsonl", "parquet") for p in folder.rglob(f"*.{end}") if any(s in p.name for s in _POPE_SETS) or end == "parquet")
+    named = [p for end in ("json", "jsonl", "parquet") for p in folder.rglob(f"*.{end}") if any(s in p.name for s in _POPE_SETS)]
+    asked = [source] if source.is_file() else sorted(named or folder.rglob("*.parquet"))
     if not asked: raise InputError(f"{str(source)!r} has no question file of POPE, such as coco_pope_random.json.")
     files, rows = None, []
     for file in asked:

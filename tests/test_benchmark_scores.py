@@ -6,7 +6,7 @@ import torch
 
 from mmu_study import benchmark_scores
 from mmu_study.batches import ask
-from mmu_study.benchmark_scores import (SHOTS, circular_accuracy, clear_report, clear_tasks, companion_scores, compare_answers, draw_shots, exact_match, fiubench_report, first_sentence, pope_report,
+from mmu_study.benchmark_scores import (SHOTS, bleu, circular_accuracy, clear_report, clear_tasks, companion_scores, compare_answers, draw_shots, exact_match, fiubench_report, first_sentence, pope_report,
     released_judge, released_prompt, released_scores, rouge_recall, umu_report)
 from mmu_study.benchmarks import load_benchmark, write_miniature
 from mmu_study.evaluation import evaluate, mean_log_probs, scoring_mode
@@ -68,6 +68,14 @@ def test_released_counts():
     assert [right("mllmu", CLOZE, r) for r in ("In ST. IVES, by the sea", "St")] == [1, 0]
     assert [right("umu", CLOZE, r) for r in ("St", "best")] == [1, 1]  # what is left of "St. Ives." up to the first full stop, in any word
     assert [round(right("mllmu", SAY, "Him it is", m), 6) for m in ("rouge_1", "rouge_2", "rouge_l")] == [1, .5, round(2/3, 6)]  # all words; one of two pairs; two in order
+
+def test_bleu_is_nltks():
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu  # rouge_score brings it along
+    rng, words = np.random.default_rng(0), "a b c d e".split()
+    for _ in range(60):
+        reply, answer = (" ".join(rng.choice(words, rng.integers(1, 9))) for _ in range(2))
+        assert bleu(reply, answer) == pytest.approx(sentence_bleu([answer.split()], reply.split(), smoothing_function=SmoothingFunction().method1)), (reply, answer)
+    assert bleu("", "a b") == 0
 
 def test_draws_have_seeds_and_leave_somebody():
     people = [f"p{i}" for i in range(9)]

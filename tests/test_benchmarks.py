@@ -228,7 +228,11 @@ def test_hub_id(folder, tmp_path, monkeypatch):
         m.setattr(benchmarks, "load_dataset", lambda path, config, split: load_dataset(str(folder), config, split=split, cache_dir=str(tmp_path)))
         there = mllmu("MLLMMU/MLLMU-Bench", 10)
         with pytest.raises(InputError, match="The config 'forget_99' of 'MLLMMU/MLLMU-Bench' cannot be read from the hub"): benchmarks._open("MLLMMU/MLLMU-Bench", "forget_99")
+        pairs = "MLLMMU/baseline_train_split"  # which the hub takes for a model
+        m.setattr(benchmarks, "snapshot_download", lambda source, repo_type, allow_patterns: str(folder/"baseline_train_split") if (source, repo_type) == (pairs, "model") and "forget_10/*" in allow_patterns else 1/0)
+        assert questions(mllmu(folder, 10, train=pairs).records) == questions(there.records)
     assert questions(there.records) == questions(mllmu(folder, 10).records)
+    with pytest.raises(InputError, match="run `hf download --repo-type model MLLMMU/baseline_train_split --local-dir FOLDER`"): mllmu(folder, 10, train=pairs)
 
 def test_by_name(folder):
     with pytest.raises(InputError, match="no reader for the benchmark 'mlmu'; choose one of mllmu, clear, umu, fiubench"): load_benchmark("mlmu", folder)
