@@ -134,7 +134,7 @@ def released_scores(
             n = SHOTS[task] if shots == "few" and benchmark == "mllmu" and role in ("forget", "retain", "test") else 0
             shown = draw_shots(meta.entity[of], n, seed, ROLES.index(role), TASKS.index(task)) if n else ()  # the same people in both modalities
             examples = rows(profile, np.flatnonzero(known.entity.isin(shown) & (known.task == task) & (known.modality == modality)))
-            asked = [i for i in of if meta.entity[i] not in shown]
+            asked = sorted((i for i in of if meta.entity[i] not in shown), key=lambda i: -len(meta.question[i]) - sum(map(len, meta.options[i])))  # a prompt that is too long is found first
             for part in (asked[i:i + size] for i in range(0, len(asked), size)):
                 items = rows(records, part)
                 pictures = [[r["image"] for r in [*examples, item] if modality == "vqa"] for item in items]

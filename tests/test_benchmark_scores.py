@@ -160,16 +160,16 @@ NAMES = ("real_faces", "real_world", "retain_captions", "retain_names", "forget_
 
 def test_clear_by_hand():
     ln2 = np.log(2)
-    scores = pd.DataFrame([r for t in NAMES for r in by_hand(t, [.2, .6], [.1, .3], [.5, .7], [.5, 2], [1*ln2, 2*ln2], [1*ln2, 3*ln2])])
+    scores = pd.DataFrame([r for t in NAMES for r in by_hand(t, [.2, .6], [.1, .3], [.5, .7], [.5, 2], [1*ln2, 2*ln2], [2*ln2, 6*ln2])])
     paper = clear_tasks(scores)
     assert list(paper.index) == list(NAMES) and paper.rouge.tolist() == pytest.approx([.4]*6) and paper.probability.tolist() == pytest.approx([.6]*6)
     assert paper.truth_ratio.tolist() == pytest.approx([.25]*4 + [.5]*2)  # of 0.5 and 2: max(0, 1 − R) is .5 and 0; min(R, 1/R) is .5 twice
     harmonic = lambda *v: len(v)/sum(1/x for x in v)
     assert clear_report(scores) == pytest.approx(dict(Real=harmonic(.4, .6, .25), Retain=harmonic(.4, .6, .25), Forget=harmonic(.4, .6, .5)))
-    # released: the wrong answers' mean loss is 2 ln 2 for the whole task, so that R is 1/2 and 1; captions count by their own probability
+    # released: the wrong answers' mean loss is 4 ln 2 for the whole task, so that R is 1/8 and 1/4 (by question it would be 1/2 and 1/16); captions count by their own probability
     released = clear_tasks(scores, "released")
-    assert released.probability.to_dict() == pytest.approx(dict(zip(NAMES, [.6, .6, .2, .6, .2, .6]))) and released.truth_ratio.tolist() == pytest.approx([.25]*4 + [.75]*2)
-    assert clear_report(scores, form="released") == pytest.approx(dict(Utility=harmonic(*[.4]*4, .6, .6, .2, .6, *[.25]*4)))
+    assert released.probability.to_dict() == pytest.approx(dict(zip(NAMES, [.6, .6, .2, .6, .2, .6]))) and released.truth_ratio.tolist() == pytest.approx([.8125]*4 + [.1875]*2)
+    assert clear_report(scores, form="released") == pytest.approx(dict(Utility=harmonic(*[.4]*4, .6, .6, .2, .6, *[.8125]*4)))
 
 def test_clear_forget_quality():
     scores = pd.DataFrame([r for t in NAMES for r in by_hand(t, [.5]*4, [.5]*4, [.5]*4, [1, 2, 3, 4], [.1, .2, .3, .4], [.5]*4)])
