@@ -8,7 +8,7 @@ __all__ = ['ROLES', 'FOLDS', 'MODALITIES', 'TASKS', 'KINDS', 'LETTERS', 'SHORT',
 
 # %% ../nbs/core/00_records.ipynb #ca17ca66
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -109,6 +109,7 @@ class Split:
     records: Dataset
     forget_pct: float  # per cent of the fictitious people
     seed: int  # which people
+    companion: pd.DataFrame | None = field(default=None, compare=False)  # by `uid`: what a benchmark knows of a question beyond its columns (see `benchmarks`)
 
     def role(self, *roles: str, fold=FOLDS) -> Dataset:
         "The records of these roles (and folds)."
