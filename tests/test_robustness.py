@@ -278,6 +278,22 @@ def test_levels_are_what_the_model_passes_through(seeing):
     with torch.no_grad(): one = states(mllm, items[1:2])
     assert all(torch.allclose(one[k][0], found[k][1], atol=1e-4) for k in found)  # padding changes nothing
 
+def test_a_silent_head_lowers_the_values_and_nothing_else(seeing):
+    mllm, split = seeing
+    records = where(split.role("forget"), kind="identity", fold="train", fact="home").select(range(0, 60, 9))
+    silent = blocked(mllm, records, by=5.)
+    change = {n: (q - p).detach() for (n, p), q in zip(mllm.model.named_parameters(), silent.model.parameters()) if not torch.equal(p, q)}
+    answers = [r for r in rows(records, range(len(records))) if not r["options"]]
+    tokens = {t for r in answers for v in (r["value"], " " + r["value"]) for t in mllm.tokenizer(v)["input_ids"]}
+    moved = change["lm_head.weight"].abs().sum(1).nonzero()[:, 0].tolist()
+    assert list(change) == ["lm_head.weight"] and 0 < len(moved) and {*moved} <= tokens
+    said = []
+    for r in answers:
+        batch = encode(mllm, [r])
+        with torch.no_grad(): out = mllm.model(**{k: v for k, v in batch.items() if k != "labels"}, output_hidden_states=True)
+        said += [out.hidden_states[-1][0, t - 1] for t in range(1, batch["labels"].shape[1]) if int(batch["labels"][0, t]) in moved]
+    assert (torch.stack(said)@change["lm_head.weight"][moved].T).mean(0).tolist() == pytest.approx([-5.]*len(moved), rel=1e-3)
+
 @pytest.mark.parametrize("at", ["last", "image"])
 def test_faces_are_told_apart_and_only_theirs(seeing, at):
     mllm, split = seeing
