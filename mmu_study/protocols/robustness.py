@@ -55,7 +55,7 @@ def _value_tokens(mllm: MLLM, record: dict) -> set[int]:
 def blocked(
     mllm: MLLM,  # is not changed
     records: Dataset,  # whose values shall not be said any more
-    by: float = 8.,  # how far their logits fall in the mean state, in nats
+    by: float = 12.,  # how far their logits fall in the mean state, in nats
     size: int = 32,  # records at a time
 ) -> MLLM:
     "A copy that knows what it knew and does not say it. `InputError` if the head is also the embedding, or no answer holds its value."
