@@ -36,7 +36,8 @@ class Style:
     size: float = 1  # stars need more than discs to look as big
 
 MODELS = dict(
-    base=Style("#B0B0B0", "X", "-.", 1.1), vanilla=Style("#1A1A1A", "s", "--"), oracle=Style("#666666", "*", (0, (1, 1)), 1.8))
+    base=Style("#B0B0B0", "X", "-.", 1.1), vanilla=Style("#1A1A1A", "s", "--"), oracle=Style("#666666", "*", (0, (1, 1)), 1.8),
+    blocked=Style("#E7298A", "H", (0, (4, 1, 1, 1)), 1.1))  # vanilla with a silent head, see `protocols.robustness`
 
 METHODS = {
     "GradAscent": Style("#D55E00", "v"), "GradDiff": Style("#DE8F05", "o"), "KLMin": Style("#A6703C", "^"),
