@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..batches import answer_log_probs, encode, lengths, prompt_of, rows, text_of
+from ..batches import answer_log_probs, encode, lengths, rows, tokenized
 from .unlearning import NOT_NEGATIVE, POSITIVE, Method, Unlearned, check_watch, diagnose, peak_bytes, private_rng, register
 from ..models import MLLM
 from ..records import MODALITIES, where
@@ -80,9 +80,7 @@ def reading(
 # %% ../../nbs/methods/13_manu.ipynb #129e0dc2
 def _inputs(mllm: MLLM, items: list[dict], answers: bool = True, side: str = "left") -> dict[str, torch.Tensor]:
     "Records as the model reads them, without labels."
-    texts, images = [(text_of if answers else prompt_of)(mllm, r) for r in items], [r["image"].convert("RGB") for r in items if r["modality"] == "vqa"]
-    batch = mllm.processor(text=texts, images=images or None, padding=True, padding_side=side, return_tensors="pt")
-    return {k: v.to(mllm.device, mllm.dtype) if v.is_floating_point() else v.to(mllm.device) for k, v in batch.items()}
+    return tokenized(mllm, [[r] for r in items], answers, side)[1]
 
 def _forward(mllm: MLLM, batch: dict[str, torch.Tensor]) -> torch.Tensor:  # logits after the last token [B, 1, V]
     return mllm.model(**{k: v for k, v in batch.items() if k != "labels"}, logits_to_keep=1, use_cache=False).logits
@@ -125,10 +123,16 @@ def five_sums(
 def _sequences(site: Site, z: torch.Tensor, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     "Activations [B, T, H] of texts or of pictures, and which tokens are no padding [B, T]."
     if site.part == "language": return z, batch["attention_mask"].bool()
-    if z.ndim == 3: return z, torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
-    sizes = batch["image_grid_thw"].prod(1)  # Qwen2-VL's tower has all pictures in one row of tokens [tokens, H]
+    if z.ndim == 3: return z, _patches(batch, z.shape[1]) if "pixel_attention_mask" in batch else torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
+    sizes = batch["image_grid_thw"].prod(1)  # a Qwen's tower has all pictures in one row of tokens [tokens, H]
     z = torch.nn.utils.rnn.pad_sequence(z.split(sizes.tolist()), batch_first=True)
     return z, torch.arange(z.shape[1], device=z.device) < sizes[:, None]
+
+def _patches(batch: dict[str, torch.Tensor], n: int) -> torch.Tensor:  # [pictures, n] bool
+    "Which of a picture's n patches show something, where smaller pictures were padded (Idefics)."
+    seen, pixels = batch["pixel_attention_mask"].flatten(0, 1), batch["pixel_values"].flatten(0, 1)  # [B*pictures, H, W]
+    size = next(s for s in range(1, seen.shape[1] + 1) if (seen.shape[1]//s)*(seen.shape[2]//s) <= n)
+    return seen[(pixels != 0).flatten(1).any(1)].float().unfold(1, size, size).unfold(2, size, size).amax((-1, -2)).flatten(1).bool()
 
 def tally(
     mllm: MLLM,

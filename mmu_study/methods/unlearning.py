@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['POSITIVE', 'NOT_NEGATIVE', 'Method', 'Unlearned', 'register', 'methods', 'method_class', 'get', 'sees_table',
-           'passes', 'Batch', 'Work', 'private_rng', 'with_lora', 'peak_bytes', 'change', 'diagnose', 'check_watch',
+           'passes', 'Batch', 'Work', 'private_rng', 'peak_bytes', 'change', 'diagnose', 'check_watch',
            'GradientMethod']
 
 # %% ../../nbs/methods/10_unlearning.ipynb #0506dd94
-import copy, random, re, resource, sys, time
+import copy, random, resource, sys, time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -18,11 +18,11 @@ import pandas as pd
 import torch
 from accelerate.utils import set_seed
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from tqdm import tqdm
 
 from ..batches import encode, rows
-from ..models import MLLM, PART_NAMES
+from ..models import MLLM, PART_NAMES, with_lora
 from ..records import KINDS, MODALITIES, ForgetRequest, where
 from ..settings import InputError
 from ..training import Diverged
@@ -220,18 +220,6 @@ def private_rng(
         if seed is not None: set_seed(seed)
         try: yield
         finally: random.setstate(states[0]); np.random.set_state(states[1])
-
-def with_lora(
-    mllm: MLLM,  # gets adapters, in place; everything else is frozen
-    rank: int,
-    parts: tuple[str, ...] = (),
-) -> PeftModel:
-    "LoRA on the linear layers of some parts. `InputError` if there are none."
-    owned, head = {n for n, _ in mllm.parameters(*parts)}, mllm.model.get_output_embeddings()
-    linear = [n for n, m in mllm.model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head and f"{n}.weight" in owned]
-    if not linear: raise InputError(f"There is no linear layer in {', '.join(parts)} that LoRA could be put on; use full weights (lora=0).")
-    # alpha = rank as in MLLMU-Bench's code (16, 16); a string is matched against the full path
-    return get_peft_model(mllm.model, LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0., target_modules="|".join(map(re.escape, linear))))
 
 def peak_bytes(device: torch.device) -> int:
     "On a GPU the most that was allocated since the last reset, else the most that the process ever held."
