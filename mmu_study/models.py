@@ -133,7 +133,7 @@ class MLLM:
             raise InputError(f"{str(source)!r} is neither a folder here nor a checkpoint that the hub gives out now; download it first and name the folder.") from e
         reader = READERS.get(model.config.model_type, lambda: None)() or AutoProcessor
         try: processor = reader.from_pretrained(source, trust_remote_code=False)
-        except (OSError, ValueError, TypeError, AttributeError, ImportError) as e: raise InputError(f"The processor of {source} cannot be loaded: {str(e).strip().splitlines()[0].rstrip('.')}.") from e
+        except (OSError, ValueError, TypeError, AttributeError, ImportError) as e: raise InputError(f"The processor of {source} cannot be loaded: {str(e).strip().splitlines()[0].split('. ')[0].rstrip('.')}.") from e
         found = cls((model if where else model.to(device)).eval(), processor)
         _check_processor(found, source)
         if checkpointing: found.checkpoint()

@@ -1,10 +1,12 @@
 "Every family, tiny: parts, prompts, labels, LoRA by path, methods, saving; loading with what can go wrong; fine-tuning recipes; memory."
-import json, shutil, warnings
+import json, os, shutil, subprocess, sys
+from dataclasses import replace
 
 import pytest, torch
 from PIL import Image
 
-from mmu_study.batches import IGNORE, answer_log_probs, ask, encode
+from mmu_study import training
+from mmu_study.batches import IGNORE, answer_log_probs, ask, encode, rows
 from mmu_study.evaluation import mean_log_probs
 from mmu_study.faceworld import Faceworld
 from mmu_study.methods import baselines, manu, mmunlearner, null_space_cvf  # registers them
@@ -12,6 +14,7 @@ from mmu_study.methods.unlearning import get
 from mmu_study.models import MLLM, PART_NAMES, PARTS, lora_layers, tiny, with_lora
 from mmu_study.records import ForgetRequest, where
 from mmu_study.settings import InputError
+from mmu_study.training import TUNINGS, Tuning, finetune, share_of
 
 each_family = pytest.mark.parametrize("family", PARTS)
 CONVERSATION = "USER: {}\nASSISTANT: {}"
@@ -110,3 +113,162 @@ def test_methods(models, request_, family, name, tmp_path):
         batch = encode(mllm, [question(), question(image=None)])
         assert all(torch.equal(v, encode(again, [question(), question(image=None)])[k]) for k, v in batch.items())
         assert torch.equal(logits(again, batch), logits(done.mllm, batch)) and not torch.equal(logits(mllm, batch), logits(done.mllm, batch))
+
+@each_family
+def test_features_are_what_the_language_model_reads_of_each_picture(models, family):
+    mllm, other = models(family), question(image=PICTURE.rotate(90, expand=True).resize((50, 40)))
+    batch, alone = encode(mllm, [question(), other]), [encode(mllm, [q]) for q in (question(), other)]
+    try:
+        with torch.no_grad(): features, apart = null_space_cvf.visual_features(mllm, batch), [null_space_cvf.visual_features(mllm, b) for b in alone]
+    except InputError as e:
+        assert family == "internvl" and "cut into several crops" in str(e)
+        return
+    with torch.no_grad(): out = mllm.model(**{k: v for k, v in batch.items() if k != "labels"}, output_hidden_states=True)
+    scale = 64**.5 if family == "gemma3" else 1.  # a Gemma multiplies what it embeds, but not pictures
+    assert torch.allclose(out.hidden_states[0][batch["input_ids"] == mllm.model.config.image_token_id], torch.cat(features["projector"]), atol=1e-5) or scale > 1
+    for level in null_space_cvf.LEVELS:
+        assert len(features[level]) == 2
+        for i in (0, 1): assert torch.allclose(features[level][i], apart[i][level][0], atol=1e-5)
+
+# Loading
+
+@pytest.fixture(scope="module")
+def folder(models, tmp_path_factory): return models("llava").save(tmp_path_factory.mktemp("folder")/"llava")
+
+@pytest.fixture
+def broken(folder, tmp_path): return shutil.copytree(folder, tmp_path/"broken")
+
+def refused(folder, match, **options):
+    with pytest.raises(InputError, match=match) as e: MLLM.load(folder, **options)
+    assert str(e.value).rstrip(".").count(". ") == 0 and "\n" not in str(e.value)  # one sentence
+
+def test_a_missing_shard(models, tmp_path):
+    models("llava").model.save_pretrained(tmp_path, max_shard_size="200KB")
+    shards = sorted(p.name for p in tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    (tmp_path/shards[1]).unlink()
+    refused(tmp_path, f"lacks {shards[1]}, which its index names")
+
+def test_pickled_weights(broken):
+    (broken/"model.safetensors").rename(broken/"pytorch_model.bin")
+    refused(broken, "as pickle .pytorch_model.bin., which can run any code")
+
+def test_a_tokenizer_without_the_image_token(broken):
+    config = json.loads((broken/"config.json").read_text())
+    config["image_token_index"] = 10
+    (broken/"config.json").write_text(json.dumps(config))
+    refused(broken, "where the model has its image token .number 10., so it is not this model's")
+
+def test_the_tokenizer_of_a_larger_vocabulary(models, broken):
+    own = models("llava").copy()
+    own.model.resize_token_embeddings(50)
+    own.model.save_pretrained(broken)
+    refused(broken, "tokens and the model only 50, so it is not this model's")
+
+def test_the_processor_of_another_model(models, broken):
+    models("llava_next").processor.save_pretrained(broken)
+    refused(broken, "has a 'llava' model, but a LlavaNextProcessor, which belongs to llava_next")
+
+def test_no_processor(broken):
+    for p in broken.glob("*"):
+        if p.name not in ("config.json", "generation_config.json", "model.safetensors"): p.unlink()
+    refused(broken, "^The processor of .* cannot be loaded: ")
+
+def test_quantization_without_a_gpu(folder, monkeypatch):
+    refused(folder, "There is no quantization 'int4'; choose nf4 or int8", quantize="int4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused(folder, "Quantization to nf4 needs a GPU", quantize="nf4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused(folder, "needs the package bitsandbytes", quantize="int8")
+
+def test_rounded_weights_are_not_trained(models):
+    own = models("llava").copy()
+    own.model.lm_head.weight = torch.nn.Parameter(own.model.lm_head.weight.to(torch.int8), requires_grad=False)  # as bitsandbytes holds them
+    own.train_only("projector")
+    with pytest.raises(InputError, match="^1 weights, such as lm_head.weight, were rounded by `quantize` and cannot be trained; use LoRA.$"): own.train_only("language")
+
+def test_a_device_map_is_passed_through(folder, models):
+    assert MLLM.load(folder, device_map={"": "meta"}).device.type == "meta"
+    mllm = MLLM.load(folder, device_map="cpu")
+    assert torch.equal(logits(mllm, batch := encode(mllm, [question()])), logits(models("llava"), batch))
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "idefics2"])
+def test_checkpointing_is_honoured_and_changes_nothing(models, request_, family, tmp_path, monkeypatch):
+    from torch.utils import checkpoint
+    import mmu_study.models, transformers.modeling_utils as utils
+    called, plain = [], utils.checkpoint
+    monkeypatch.setattr(utils, "checkpoint", lambda *a, **k: (called.append(1), plain(*a, **k))[1])
+    mllm = MLLM.load(models(family).save(tmp_path/"x"), checkpointing=True)
+    once = method("GradDiff").unlearn(models(family), request_)
+    assert not called
+    again = method("GradDiff").unlearn(mllm, request_)
+    assert len(called) >= 2*2*2  # steps × (forget and retain) × layers of the language model
+    assert all(torch.allclose(p, q, atol=1e-5) for p, q in zip(once.mllm.model.parameters(), again.mllm.model.parameters()))
+    called.clear()
+    logits(mllm, encode(mllm, [question()]))
+    assert not called
+
+def test_bf16_weights_are_moved_as_fp32(models, request_):
+    "A step of 1e-5 is smaller than the distance of two bf16 numbers; a hundred of them are not."
+    low = models("qwen2_5_vl").copy()
+    low.model.to(torch.bfloat16)
+    work = (gentle := method("GradDiff", lr=1e-5, steps=3))._begin(low, request_, None)
+    assert {w.dtype for w in work.weights.values()} == {torch.float32} and {p.dtype for p in work.mllm.model.parameters()} == {torch.bfloat16}
+    done = gentle.unlearn(low, request_)
+    assert 0 < done.diagnostics["changed_share"] < .9 and {p.dtype for p in done.mllm.model.parameters()} == {torch.bfloat16}
+
+# Fine-tuning
+
+@pytest.fixture(scope="module")
+def taught(request_): return request_.retain  # four questions with a picture, four without
+
+@pytest.mark.parametrize("preset", TUNINGS)
+def test_every_tuning_runs_and_changes_what_it_says(models, taught, preset):
+    mllm, tuning = models("llava").copy(), replace(TUNINGS[preset], epochs=1, batch_size=2, accumulation=1, lr=1e-3)
+    log = finetune(mllm, taught, tuning, progress=False)
+    assert len(log) == (4 if tuning.modalities == ("vqa", "qa") and not tuning.paired else 2) == len(tuning.orders(taught))
+    moved = {n for n, p in mllm.model.named_parameters() if not torch.equal(p, dict(models("llava").model.named_parameters())[n])}
+    expected = {f"{n}.weight" for n in lora_layers(mllm, tuning.lora_on)} if tuning.lora else {n for part in tuning.parts for n in mllm.parts[part]}
+    assert moved <= expected and {n for n in expected if "language" in n and "norm" not in n and "embed" not in n} <= moved
+    assert {n for n in moved if "vision" in n} == {n for n in expected if "vision_tower.encoder.layers.0" in n}  # a LLaVA does not read the last layer of two
+
+def test_accumulation_is_the_mean_of_batches_and_pairs_are_a_sum(models, taught):
+    "A step on two accumulated batches of one record is a step on their mean loss; a pair adds its two losses."
+    mllm = models("llava")
+    loss = lambda *index: -(lambda l, a: l.sum()/a.sum())(*answer_log_probs(mllm, encode(mllm, rows(taught, index)))).item()
+    one = Tuning(lr=1e-9, epochs=1, batch_size=1, accumulation=8, parts=("language",))
+    assert finetune(mllm.copy(), taught, one, progress=False).loss.item() == pytest.approx(sum(loss(i) for i in range(8))/8, rel=1e-4)
+    pair = replace(one, paired=True, batch_size=4, accumulation=1)
+    assert finetune(mllm.copy(), taught, pair, progress=False).loss.item() == pytest.approx(loss(*range(4)) + loss(*range(4, 8)), rel=1e-4)
+    everything = finetune(mllm.copy(), taught, replace(one, batch_size=8, accumulation=1, loss_on="all"), progress=False).loss.item()
+    batch = encode(mllm, rows(taught, range(8)))
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE)
+    with torch.no_grad(): assert everything == pytest.approx(mllm.model(**{**batch, "labels": labels}).loss.item(), rel=1e-4)  # but for the first token, which nothing predicts
+
+@pytest.mark.parametrize("schedule, expected", [("linear", [1/2, 1, 1, 3/4, 2/4, 1/4]), ("cosine", [1/2, 1, 1, .853553, .5, .146447])])
+def test_schedules(schedule, expected):
+    tuning = Tuning(lr=1., epochs=1, batch_size=1, schedule=schedule, warmup=1/3)
+    assert [tuning.factor(s, 6) for s in range(6)] == pytest.approx(expected, abs=1e-5)
+
+def test_bad_tunings(taught):
+    with pytest.raises(InputError, match="it must be answer or all"): Tuning(lr=1, epochs=1, batch_size=1, loss_on="prompt")
+    with pytest.raises(InputError, match="must be positive"): Tuning(lr=1, epochs=0, batch_size=1)
+    with pytest.raises(InputError, match="no part or modality audio"): Tuning(lr=1, epochs=1, batch_size=1, modalities=("audio",))
+    with pytest.raises(InputError, match="learns from vqa records"): Tuning(lr=1, epochs=1, batch_size=1, modalities=("vqa",)).orders(where(taught, modality="qa"))
+
+def test_fine_tuning_in_bf16_moves_fp32_copies_and_goes_on_exactly(models, taught, tmp_path):
+    "At 1e-6 no bf16 weight moves in one step, but copies add up; and a run that stops goes on as if it had not."
+    low = models("llava").copy()
+    low.model.to(torch.bfloat16)
+    tuning = Tuning(lr=1e-3, epochs=2, batch_size=2, parts=("language",))
+    once, stopped = low.copy(), low.copy()
+    finetune(once, taught, tuning, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmu_study.training._checkpoint", lambda a, folder, log, real=training._checkpoint: (real(a, folder, log), (_ for _ in ()).throw(KeyboardInterrupt) if len(log) == 5 else 0))
+        with pytest.raises(KeyboardInterrupt): finetune(stopped, taught, tuning, checkpoint=tmp_path/"c", every=5, progress=False)
+    again = low.copy()
+    log = finetune(again, taught, tuning, checkpoint=tmp_path/"c", every=5, progress=False)
+    assert len(log) == 8 and {p.dtype for p in again.model.parameters()} == {torch.bfloat16}
+    assert all(torch.equal(p, q) for p, q in zip(once.model.parameters(), again.model.parameters()))
+    assert not all(torch.equal(p, q) for p, q in zip(once.model.parameters(), low.model.parameters()))
