@@ -239,12 +239,12 @@ def finetune(
         for p in [p for part in tuning.parts for _, p in mllm.parameters(part)]: p.requires_grad_(True)
     else: mllm.train_only(*(tuning.parts if tuning else parts))
     order = recipe.orders(records)
-    wrapped = accelerator.prepare(mllm.model) if sharded else mllm.model  # its parameters are others afterwards
-    masters = _Masters([(n, p) for n, p in wrapped.named_parameters() if p.requires_grad])
+    masters = _Masters([(n, p) for n, p in mllm.model.named_parameters() if p.requires_grad])
+    if sharded and masters.low: raise InputError("A sharded model is trained from weights in float32; load it so and use accelerate's --mixed_precision bf16.")
     optimizer = recipe.optimizers([(n, w) for n, _, w in masters.named], len(order))
     schedule = [_schedule(o, recipe, len(order)) for o in optimizer]
-    prepared = accelerator.prepare(*([] if sharded else [mllm.model]), *optimizer, *schedule)
-    if not sharded: wrapped = prepared[0]
+    wrapped = accelerator.prepare(mllm.model, *optimizer, *schedule)[0]
+    weights = [p for p in wrapped.parameters() if p.requires_grad] if sharded else [w for _, _, w in masters.named]  # sharding makes parameters of its own
     if masters.low: accelerator.register_for_checkpointing(masters)
     log = []
     if checkpoint and Path(checkpoint).is_dir():
@@ -266,7 +266,7 @@ def finetune(
                 if not math.isfinite(total): raise Diverged(f"{desc}: the loss is {total} at step {len(log)}.")
                 accelerator.backward(loss)
             masters.take_gradients()
-            accelerator.clip_grad_norm_([w for _, _, w in masters.named], recipe.clip)
+            accelerator.clip_grad_norm_(weights, recipe.clip)
             log.append(dict(step=len(log), loss=total, lr=schedule[0].get_last_lr()[0]))
             for o, s in zip(optimizer, schedule): o.step(); s.step(); o.zero_grad()
             masters.give_back()

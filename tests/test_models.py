@@ -1,16 +1,17 @@
 "Every family, tiny: parts, prompts, labels, LoRA by path, methods, saving; loading with what can go wrong; fine-tuning recipes; memory."
-import json, os, shutil, subprocess, sys
+import json, os, shutil, socket, subprocess, sys
 from dataclasses import replace
 
 import pytest, torch
 from PIL import Image
+from transformers import LlavaConfig
 
 from mmu_study import training
 from mmu_study.batches import IGNORE, answer_log_probs, ask, encode, rows
 from mmu_study.evaluation import mean_log_probs
 from mmu_study.faceworld import Faceworld
 from mmu_study.methods import baselines, manu, mmunlearner, null_space_cvf  # registers them
-from mmu_study.methods.unlearning import get
+from mmu_study.methods.unlearning import get, memory_need, on_paper
 from mmu_study.models import MLLM, PART_NAMES, PARTS, lora_layers, tiny, with_lora
 from mmu_study.records import ForgetRequest, where
 from mmu_study.settings import InputError
@@ -258,7 +259,7 @@ def test_bad_tunings(taught):
     with pytest.raises(InputError, match="learns from vqa records"): Tuning(lr=1, epochs=1, batch_size=1, modalities=("vqa",)).orders(where(taught, modality="qa"))
 
 def test_fine_tuning_in_bf16_moves_fp32_copies_and_goes_on_exactly(models, taught, tmp_path):
-    "At 1e-6 no bf16 weight moves in one step, but copies add up; and a run that stops goes on as if it had not."
+    "What is trained is moved in fp32, weights stay in bf16, and a run that stops goes on as if it had not."
     low = models("llava").copy()
     low.model.to(torch.bfloat16)
     tuning = Tuning(lr=1e-3, epochs=2, batch_size=2, parts=("language",))
@@ -272,3 +273,105 @@ def test_fine_tuning_in_bf16_moves_fp32_copies_and_goes_on_exactly(models, taugh
     assert len(log) == 8 and {p.dtype for p in again.model.parameters()} == {torch.bfloat16}
     assert all(torch.equal(p, q) for p, q in zip(once.model.parameters(), again.model.parameters()))
     assert not all(torch.equal(p, q) for p, q in zip(once.model.parameters(), low.model.parameters()))
+
+# Memory
+
+FIT = dict(GradDiff=method("GradDiff"), LoRA=method("GradDiff", lora=4), MMUnlearner=method("MMUnlearner"), CVFNCU=method("CVFNCU"))
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FIT)
+def test_memory_is_what_the_tensors_take(models, request_, name, dtype, monkeypatch):
+    mllm, chosen, seen = models("llava").copy(), FIT[name], {}
+    mllm.model.to(dtype)
+    bytes_of = lambda tensors: sum(t.numel()*t.element_size() for t in tensors)
+    plain = type(chosen)._step
+    def step(self, work, optimizer, forget, retain):
+        logged = plain(self, work, optimizer, forget, retain)
+        moved = [*work.weights.values()]
+        parameters = dict(work.mllm.model.named_parameters())
+        seen.update(low={n for n, w in work.weights.items() if w is not parameters[n]}, model=bytes_of(mllm.model.parameters()), AdamW=bytes_of(t for s in optimizer.state.values() for t in s.values()), moved=moved, work=work)
+        return logged
+    monkeypatch.setattr(type(chosen), "_step", step)
+    chosen.unlearn(mllm, request_)
+    need, work = memory_need(mllm, chosen), seen["work"]
+    assert need["model"] == need["copy"] == seen["model"] and need["total"] == sum(v for k, v in need.items() if k != "total")
+    low = seen["low"]
+    copies, adapters = bytes_of(w for n, w in work.weights.items() if n in low), bytes_of(work.weights.values())
+    if name == "LoRA": assert (need["adapters"], need["fp32 copies"]) == (adapters, 0) and not low
+    if name == "MMUnlearner": assert need["mask"] == sum(len(b) for b in work.prepared.bits.values())
+    if name == "CVFNCU":  # layers that nobody reads are counted, too
+        unread = [n for n in chosen.trained(mllm) if n not in work.prepared.layers]
+        assert unread and all("layers.1." in n for n in unread)
+        assert need["start of layers"] == bytes_of(work.prepared.start.values()) + 4*sum(dict(mllm.model.named_parameters())[n].numel() for n in unread)
+        assert need["second moments"] == bytes_of(work.prepared.moments.values()) + 4*sum(dict(mllm.model.named_parameters())[n].shape[1]**2 for n in unread if not n.endswith(("k_proj.weight", "v_proj.weight")))
+        assert need["null spaces"] >= bytes_of(s.basis for s in work.prepared.spaces.values())
+    else:
+        state = bytes_of(t for t in seen["moved"])*2 + 4*len(seen["moved"])
+        unread = [w for n, w in work.weights.items() if "vision_tower.encoder.layers.1." in n or "post_layernorm" in n]  # of a LLaVA; what no gradient reaches has no state
+        assert need["AdamW"] == state and need["gradients"] == bytes_of(seen["moved"]) and need["fp32 copies"] == copies
+        assert unread and need["AdamW"] - seen["AdamW"] == sum(8*w.numel() + 4 for w in unread)
+
+def test_memory_of_a_model_that_is_only_a_configuration():
+    paper = on_paper(LlavaConfig())
+    # a vocabulary of 32,000; the released checkpoint's has 64 more
+    assert paper.device.type == "meta" and sum(p.numel() for p in paper.model.parameters()) == 7_062_902_784
+    need = memory_need(LlavaConfig(), method("GradDiff", parts=("language",)))
+    language = sum(p.numel() for _, p in paper.parameters("language"))
+    assert need["model"] == 2*7_062_902_784 and need["AdamW"] == 8*language + 4*len(paper.parts["language"]) and need["fp32 copies"] == need["gradients"] == 4*language
+
+# Several processes
+
+def test_shares_cover_a_batch_and_go_through_the_same_layers():
+    pictured = torch.tensor([True, True, True, False, False, False, False]).numpy()
+    talks = [[i] for i in (0, 3, 1, 4, 5, 2, 6)]
+    for n in (1, 2, 4):
+        shares = [share_of(talks, pictured, rank, n) for rank in range(n)]
+        assert sorted(t[0] for s in shares for t, counts in s if counts) == [*range(7)]
+        assert all({bool(pictured[t[0]]) for t, _ in s} == {True, False} for s in shares)
+    assert share_of([[3]], pictured, 1, 2) == [([3], False)]
+
+WORKER = """
+import os, sys
+from accelerate import FullyShardedDataParallelPlugin, PartialState
+from accelerate.utils import DistributedType
+from datasets import load_from_disk
+from mmu_study import training
+from mmu_study.models import MLLM
+folder, out = sys.argv[1:3]
+if "sharded" in out:  # accelerate shards on GPUs only; this tells it to do so here, too
+    make = training._accelerator
+    def sharding(mllm):
+        made = make(mllm)
+        made.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP", transformer_cls_names_to_wrap=["LlamaDecoderLayer", "CLIPEncoderLayer"], reshard_after_forward=True)
+        for state in (made.state, PartialState()): state._shared_state["distributed_type"] = DistributedType.FSDP
+        return made
+    training._accelerator = sharding
+mllm = MLLM.load(folder + "/model")
+log = training.finetune(mllm, load_from_disk(folder + "/records"), training.Tuning(lr=1e-3, epochs=2, batch_size=3, accumulation=2), checkpoint=out + ".training", every=3, progress=False)
+print("KIND", type(mllm.model).__name__)
+if PartialState().is_main_process:
+    with open(out + ".log", "x") as f: f.write(" ".join(f"{l:.5f}" for l in log.loss))
+    mllm.save(out)
+"""
+
+def test_two_processes_end_where_one_does(models, taught, tmp_path):
+    "Replicated and sharded: the same losses and weights as alone, written by one process, and put together again."
+    models("llava").save(tmp_path/"model"); taught.save_to_disk(tmp_path/"records")
+    def start(out, rank, port):
+        env = os.environ | dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+        return subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path), str(tmp_path/out)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with socket.socket() as a, socket.socket() as b:
+        for s in (a, b): s.bind(("127.0.0.1", 0))
+        ports = [s.getsockname()[1] for s in (a, b)]
+    running = [start(out, rank, port) for out, port in zip(("replicated", "sharded"), ports) for rank in (0, 1)]
+    alone = models("llava").copy()
+    log = finetune(alone, taught, Tuning(lr=1e-3, epochs=2, batch_size=3, accumulation=2), progress=False)
+    for i, process in enumerate(running):
+        out, err = process.communicate(timeout=200)
+        assert process.returncode == 0, err[-2000:]
+        assert ("KIND FSDP" in out) == (i == 3)  # only the main one has a sharded model as a whole
+    for name in ("replicated", "sharded"):
+        assert [float(l) for l in (tmp_path/f"{name}.log").read_text().split()] == pytest.approx(log.loss.tolist(), abs=2e-5)
+        there = dict(MLLM.load(tmp_path/name).model.named_parameters())
+        assert all(torch.allclose(p, there[n], atol=2e-5) for n, p in alone.model.named_parameters())
+        assert (tmp_path/f"{name}.training/log.csv").is_file() and not list(tmp_path.glob(".sharing*"))

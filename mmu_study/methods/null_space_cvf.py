@@ -9,6 +9,7 @@ __all__ = ['LEVELS', 'NULL_RULES', 'OBJECTIVES', 'ANCHORS', 'CONSTRAINTS', 'DEGE
            'Forgotten', 'blurred', 'CVFNCU']
 
 # %% ../../nbs/methods/14_null_space_cvf.ipynb #a83c5cf2
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
@@ -398,6 +399,16 @@ class CVFNCU(GradientMethod):
     def unfrozen(self) -> bool:
         "Is the language model trained, too?"
         return not self.parts or "language" in self.parts
+
+    def trained(self, mllm):
+        "Linear layers only; of the visual ones those that are read, which is not looked at here."
+        return [f"{n}.weight" for part in self.parts or ("vision", "projector", "language") for n, m in mllm.model.named_modules() if isinstance(m, torch.nn.Linear) and f"{n}.weight" in {*mllm.parts[part]} and m is not mllm.model.get_output_embeddings()]
+
+    def holds(self, mllm):
+        names = [n for n in self.trained(mllm) if n not in {*mllm.parts["language"]}]
+        named, together = dict(mllm.model.named_parameters()), lambda n: re.sub(r"\.(?:(?:[qkv])_proj|(gate|up)_proj)\.weight$", lambda m: f".{bool(m[1])}", n)
+        inputs = {together(n): named[n].shape[1] for n in names}  # query, key and value read the same
+        return {"start of layers": sum(4*named[n].numel() for n in names), "second moments": sum(4*d*d for d in inputs.values()), "null spaces": sum(4*d*(d//2) for d in inputs.values())}
 
     def planned_steps(self, request):
         pictures = table(self.forget_records(request)).drop_duplicates(["entity", "view"])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POSITIVE', 'NOT_NEGATIVE', 'Method', 'Unlearned', 'register', 'methods', 'method_class', 'get', 'sees_table',
            'passes', 'Batch', 'Work', 'private_rng', 'peak_bytes', 'change', 'diagnose', 'check_watch',
-           'GradientMethod']
+           'GradientMethod', 'on_paper', 'memory_need', 'supported']
 
 # %% ../../nbs/methods/10_unlearning.ipynb #0506dd94
 import copy, random, resource, sys, time
@@ -19,10 +19,11 @@ import torch
 from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import PeftModel
+from transformers import AutoModelForImageTextToText, PreTrainedConfig
 from tqdm import tqdm
 
 from ..batches import encode, rows
-from ..models import MLLM, PART_NAMES, with_lora
+from ..models import MLLM, PART_NAMES, PARTS, READERS, lora_layers, tiny, with_lora
 from ..records import KINDS, MODALITIES, ForgetRequest, where
 from ..settings import InputError
 from ..training import Diverged
@@ -95,6 +96,10 @@ class Method:
     def planned_steps(self, request: ForgetRequest) -> int:
         "How many steps a run on this request has."
         return 1
+
+    def holds(self, mllm: MLLM) -> dict[str, int]:  # what -> bytes
+        "What a method keeps besides weights, gradients and the optimizer's state while it runs; an upper limit, without looking at records."
+        return {}
 
     @classmethod
     def grid(
@@ -329,6 +334,10 @@ class GradientMethod(Method):
     def planned_steps(self, request):
         return self.steps if self.steps is not None else -(-len(self.forget_records(request))//self.batch_size)
 
+    def trained(self, mllm: MLLM) -> list[str]:
+        "Names of the parameters that may move, or that carry adapters."
+        return [f"{n}.weight" for n in lora_layers(mllm, self.parts)] if self.lora else [n for n, _ in mllm.parameters(*self.parts)]
+
     def unlearn(self, mllm, request, *, state=None, watch=None, watch_at=()):
         name = type(self).__name__
         if state is not None and not self.sequential: raise InputError(f"{name} keeps nothing between requests, but was given a state.")
@@ -380,3 +389,46 @@ def _show(watch, step: int, work: Work) -> float:  # seconds
     for p, t in trains: p.requires_grad_(t); p.grad = None
     work.mllm.model.train()
     return time.perf_counter() - began
+
+# %% ../../nbs/methods/10_unlearning.ipynb #c3c0de02
+def on_paper(
+    config: PreTrainedConfig,
+    dtype: torch.dtype = torch.bfloat16,
+) -> MLLM:
+    "A model without weights and processor: names, shapes and parts only."
+    with torch.device("meta"): return MLLM(AutoModelForImageTextToText.from_config(config, dtype=dtype), None)
+
+def memory_need(
+    model: MLLM | PreTrainedConfig,  # for a configuration: weights in bf16
+    method: Method,
+) -> dict[str, int]:  # what -> bytes, and their `total`
+    "The bytes that a request needs with a method, without activations."
+    mllm = model if isinstance(model, MLLM) else on_paper(model)
+    size = lambda p: p.numel()*p.element_size()
+    named, need = dict(mllm.model.named_parameters()), {}
+    need["model"] = need["copy"] = sum(map(size, named.values()))
+    if isinstance(method, GradientMethod):
+        trained = [named[n] for n in method.trained(mllm)]
+        if method.lora: sizes = [method.lora*n for p in trained for n in p.shape]  # A and B of every layer, in fp32
+        else: sizes = [p.numel() for p in trained]
+        need["adapters"] = 4*sum(sizes) if method.lora else 0
+        need["fp32 copies"] = 0 if method.lora else sum(4*p.numel() for p in trained if p.dtype != torch.float32)
+        need["gradients"], need["AdamW"] = 4*sum(sizes), 8*sum(sizes) + 4*len(sizes)  # two moments, and a counter for each tensor
+    need |= method.holds(mllm)
+    return need | dict(total=sum(need.values()))
+
+# %% ../../nbs/methods/10_unlearning.ipynb #c3c0de06
+def supported(
+    methods: dict[str, Method],  # name -> with few steps
+    request: ForgetRequest,
+    texts: list[str],  # for the tokenizers
+) -> pd.DataFrame:  # a row a family; processor: what reads pictures and text here; a column a method: yes, or why not
+    "What works on which family, found out by doing it on tiny models."
+    found = {}
+    for family in PARTS:
+        mllm, reader = tiny(family, texts), READERS.get(family, lambda: None)()
+        found[family] = dict(processor=f"{reader.__name__}, for pictures and text" if reader else "its own")
+        for name, method in methods.items():
+            try: found[family][name] = "yes" if method.unlearn(mllm, request) else ""
+            except InputError as e: found[family][name] = str(e)
+    return pd.DataFrame.from_dict(found, orient="index")
