@@ -207,7 +207,8 @@ def _check_folder(folder: Path):
     raise InputError(f"{folder} holds no weights; a *.safetensors file is needed.")
 
 def _check_processor(mllm: MLLM, source):
-    "`InputError` if model and processor do not belong together."
+    "`InputError` if model and processor do not belong together, as far as the family is known."
+    if mllm.model.config.model_type not in PARTS: return
     kind, processor, tokens = mllm.model.config.model_type, mllm.processor, getattr(mllm.processor, "tokenizer", None)
     name = processor.to_dict().get("processor_class", type(processor).__name__) if isinstance(processor, ProcessorMixin) else type(processor).__name__
     others = sorted(k for k, v in PROCESSOR_MAPPING_NAMES.items() if v == name and (kind, k) != ("llava", "pixtral"))  # a Pixtral is a LLaVA with another processor

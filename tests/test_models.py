@@ -131,6 +131,14 @@ def test_features_are_what_the_language_model_reads_of_each_picture(models, fami
         assert len(features[level]) == 2
         for i in (0, 1): assert torch.allclose(features[level][i], apart[i][level][0], atol=1e-5)
 
+def test_padded_pictures(models):
+    "An Idefics2 pads smaller pictures of a batch: MANU does not count what was filled up, CVF refuses."
+    mllm = models("idefics2")
+    batch = encode(mllm, [question(), question(image=PICTURE.resize((40, 40))), question(image=None)])
+    valid = manu._patches(batch, 8)  # 48 × 38 and 40 × 40 pixels, in 48 × 40, in patches of 8
+    assert valid.sum(1).tolist() == [6*4, 5*5] and valid.view(2, 5, 6)[0, :4].all() and valid.view(2, 5, 6)[1, :, :5].all()
+    with pytest.raises(InputError, match="^Pictures of different sizes were padded for this idefics2 model"): null_space_cvf.visual_features(mllm, batch)
+
 # Loading
 
 @pytest.fixture(scope="module")

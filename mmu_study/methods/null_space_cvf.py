@@ -56,6 +56,8 @@ def visual_features(
     try: written = mllm.model.model.get_image_features(**{k: v for k, v in pixels.items() if k in _PIXELS}, return_dict=True).pooler_output
     finally: hook.remove()
     written = [f for f in written if len(f)]  # an Idefics lists questions without a picture, too
+    if "pixel_attention_mask" in pixels and not pixels["pixel_attention_mask"][(values != 0).flatten(2).any(2)].all():
+        raise InputError(f"Pictures of different sizes were padded for this {kind} model, so their features are not those of the pictures alone; use pictures of one size.")
     if values.ndim == 5: crops = [n for n in (values != 0).flatten(2).any(2).sum(1).tolist() if n]  # [pictures, crops, C, H, W], filled up with zeros
     else: crops = [1]*len(written)
     if "input_ids" in pixels and len(written) != (pixels["input_ids"] == mllm.model.config.image_token_id).any(1).sum(): raise InputError(_CUT.format(kind))
