@@ -77,6 +77,8 @@ def test_bad_input_is_one_sentence_and_exit_code_2(said, tmp_path, benchmark, ch
             (["unlearn", *ours, "--method", "GradDiff", "--set", "rate=1", "--out", "new"], "GradDiff has no parameter 'rate'"), (["unlearn", *ours, "--method", "GradDiff", "--set", "steps=many", "--out", "new"], "must be int | None; 'many' is str"),
             (["unlearn", *ours, "--method", "GradDiff", "--out", "full"], "full exists"), (["unlearn", "--model", tmp_path/"full", "--benchmark", benchmark, "--method", "GradDiff", "--out", "new"], "holds no config.json"),
             (["evaluate", "--model", checkpoint, "--benchmark", "mmmu"], "There is no benchmark 'mmmu'; name a folder in the schema of MLLMU-Bench, mllmu:FOLDER_OR_HUB_ID"), (["evaluate", "--model", checkpoint, "--benchmark", tmp_path/"full"], "has no parquet files"),
+            (["finetune", *ours, "--preset", "best", "--out", "new"], "There is no preset 'best' for fine-tuning; there are mllmu, clear"), (["finetune", *ours, "--preset", "umu", "--out", "new"], "learns from vqa and qa records"),
+            (["finetune", *ours, "--preset", "mllmu", "--set", "rate=1", "--out", "new"], "Tuning has no parameter 'rate'"), (["finetune", *ours, "--preset", "mllmu", "--out", "full"], "full exists"),
             (["evaluate", *ours, "--forget-pct", "7"], "MLLMU-Bench has no forget_pct 7"), (["evaluate", *ours, "--dtype", "int8"], "invalid choice: 'int8'")]:
         code, out, err = said(*argv)
         assert (code, out) == (2, "") and says in err and err.count("\n") == 1, (argv, err)
@@ -114,6 +116,23 @@ def test_ones_own_checkpoint_is_unlearned_and_scored(tmp_path, said, checkpoint,
     code, out, _ = said("evaluate", "--model", "new", "--benchmark", f"mllmu:{benchmark}", "--per-fact", 1, "--out", "scores.parquet")
     scores = pd.read_parquet("scores.parquet")
     assert code == 0 and {"forget", "test", "retain", "real"} == set(scores.role) and all(role in out for role in set(scores.role))
+
+def test_ones_own_checkpoint_is_fine_tuned_and_goes_on_where_it_stopped(tmp_path, said, checkpoint, benchmark, monkeypatch):
+    from mmu_study import training
+    argv = lambda out: ["finetune", "--model", checkpoint, "--benchmark", benchmark, "--preset", "mllmu", "--set", "epochs=1", "--set", "batch_size=64", "--set", "lr=1e-3", "--every", 2, "--out", out]
+    code, out, _ = said(*argv("once"))
+    assert code == 0 and re.fullmatch(r"once: mllmu, \d+ steps on \d+ records; the loss went from [\d.]+ to [\d.]+\n", out), out
+    about = json.loads((tmp_path/"once/finetuned.json").read_text())
+    assert (about["preset"], about["fields"]["lora"], about["fields"]["lr"], about["version"]) == ("mllmu", 16, 1e-3, mmu_study.__version__) and about["steps"] == len(pd.read_csv(tmp_path/"once/training_log.csv")) > 4
+    before, after = (dict(MLLM.load(f).model.named_parameters()) for f in (checkpoint, "once"))
+    assert {n for n in after if not torch.equal(before[n], after[n])} == {f"model.language_model.layers.0.{n}.weight" for n in [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]} | {f"model.vision_tower.encoder.layers.0.self_attn.{x}_proj.weight" for x in "qkv"}
+    keep = training._checkpoint
+    def stop(accelerator, folder, log): keep(accelerator, folder, log); raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_checkpoint", stop)
+        assert said(*argv("again"))[0] == 130 and not (tmp_path/"again").exists() and list(tmp_path.glob("again.*.training"))
+    assert said(*argv("again"))[0] == 0 and not list(tmp_path.glob("again.*.training"))
+    assert all(torch.equal(p, after[n]) for n, p in MLLM.load("again").model.named_parameters())
 
 def test_build_names_what_it_built(said, monkeypatch):
     from mmu_study import training

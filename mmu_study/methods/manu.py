@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..batches import answer_log_probs, encode, lengths, prompt_of, rows, text_of
+from ..batches import answer_log_probs, encode, lengths, rows, tokenized
 from .unlearning import NOT_NEGATIVE, POSITIVE, Method, Unlearned, check_watch, diagnose, peak_bytes, private_rng, register, shared
 from ..models import MLLM
 from ..records import MODALITIES, column, where
@@ -80,9 +80,7 @@ def reading(
 # %% ../../nbs/methods/13_manu.ipynb #129e0dc2
 def _inputs(mllm: MLLM, items: list[dict], answers: bool = True, side: str = "left") -> dict[str, torch.Tensor]:
     "Records as the model reads them, without labels."
-    texts, images = [(text_of if answers else prompt_of)(mllm, r) for r in items], [r["image"].convert("RGB") for r in items if r["modality"] == "vqa"]
-    batch = mllm.processor(text=texts, images=images or None, padding=True, padding_side=side, return_tensors="pt")
-    return {k: v.to(mllm.device, mllm.dtype) if v.is_floating_point() else v.to(mllm.device) for k, v in batch.items()}
+    return tokenized(mllm, [[r] for r in items], answers, side)[1]
 
 def _forward(mllm: MLLM, batch: dict[str, torch.Tensor]) -> torch.Tensor:  # logits after the last token [B, 1, V]
     return mllm.model(**{k: v for k, v in batch.items() if k != "labels"}, logits_to_keep=1, use_cache=False).logits
@@ -122,13 +120,18 @@ def five_sums(
     sums = torch.cat([v @ z, v @ size, v @ (z*z), v @ (size > tau).to(z.dtype)], 1).double().sum(0)  # [4, H]
     return torch.cat([valid.sum().double().expand(1, z.shape[2]), sums])
 
-def _sequences(site: Site, z: torch.Tensor, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def _sequences(mllm: MLLM, site: Site, z: torch.Tensor, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     "Activations [B, T, H] of texts or of pictures, and which tokens are no padding [B, T]."
     if site.part == "language": return z, batch["attention_mask"].bool()
-    if z.ndim == 3: return z, torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
-    sizes = batch["image_grid_thw"].prod(1)  # Qwen2-VL's tower has all pictures in one row of tokens [tokens, H]
+    if z.ndim == 3: return z, _patches(batch, mllm.model.config.vision_config.patch_size) if "pixel_attention_mask" in batch else torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
+    sizes = batch["image_grid_thw"].prod(1)  # a Qwen's tower has all pictures in one row of tokens [tokens, H]
     z = torch.nn.utils.rnn.pad_sequence(z.split(sizes.tolist()), batch_first=True)
     return z, torch.arange(z.shape[1], device=z.device) < sizes[:, None]
+
+def _patches(batch: dict[str, torch.Tensor], size: int) -> torch.Tensor:  # [pictures, patches] bool
+    "Which patches show nothing but the picture, where smaller pictures were padded (Idefics)."
+    seen, pixels = batch["pixel_attention_mask"].flatten(0, 1), batch["pixel_values"].flatten(0, 1)  # [B*pictures, H, W]
+    return seen[(pixels != 0).flatten(1).any(1)].float().unfold(1, size, size).unfold(2, size, size).amin((-1, -2)).flatten(1).bool()
 
 def tally(
     mllm: MLLM,
@@ -142,7 +145,7 @@ def tally(
     sums = {s: torch.zeros(5, s.width, dtype=torch.float64, device=mllm.device) for s in sites}
     for batch in batches:
         def see(site, z):
-            z, valid = _sequences(site, z.detach().float(), batch)
+            z, valid = _sequences(mllm, site, z.detach().float(), batch)
             sums[site] += five_sums(*observations(z if clamp is None else z.clamp(-clamp, clamp), valid, pool), tau)
         with torch.no_grad(), reading(mllm, sites, see): _forward(mllm, batch)
     return sums
@@ -329,7 +332,7 @@ def taylor(
             batch, seen = encode(mllm, rows(records, of[i:i + size])), {}
             with torch.enable_grad(), reading(mllm, sites, lambda s, z: seen.update({s: z})): log_probs, is_answer = answer_log_probs(mllm, batch)
             loss = -(log_probs.sum(1)/is_answer.sum(1)).sum()  # every record's own loss, so its neurons get its own gradient
-            for (s, z), g in zip(seen.items(), torch.autograd.grad(loss, [*seen.values()])): total[s] += _sequences(s, (z.detach()*g).float(), batch)[0].sum(1).abs().double().sum(0)
+            for (s, z), g in zip(seen.items(), torch.autograd.grad(loss, [*seen.values()])): total[s] += _sequences(mllm, s, (z.detach()*g).float(), batch)[0].sum(1).abs().double().sum(0)
     return {s: t/len(records) for s, t in total.items()}
 
 def weight_norms(mllm: MLLM, sites: list[Site]) -> dict[Site, torch.Tensor]:  # [H]
@@ -348,7 +351,7 @@ def _aliased(mllm, records, every, batches, rng, size=4, chunk=10) -> dict[str, 
         for index in (order[b*size:(b + 1)*size] for b in range(start, min(start + chunk, batches))):
             if not len(index): continue
             layers, batch = {}, _inputs(mllm, rows(records, index), side="right")
-            see = lambda s, z: layers.setdefault(_kind(s), []).append(_sequences(s, z.float().clamp(-1e3, 1e3), batch)[0])
+            see = lambda s, z: layers.setdefault(_kind(s), []).append(_sequences(mllm, s, z.float().clamp(-1e3, 1e3), batch)[0])
             with torch.no_grad(), reading(mllm, every, see): _forward(mllm, batch)
             for kind, z in layers.items():
                 z = torch.cat(z)  # [layers·B, T, H]

@@ -253,6 +253,10 @@ class MMUnlearner(GradientMethod):
         if names := [n for n, _ in scope if n in trained and any(c in n for c in self.covers or [""])]: return names
         raise InputError(f"A mask of scope {self.scope} ({', '.join(SCOPES[self.scope])}; names with {' or '.join(self.covers) or 'anything'}) covers no parameter that trains ({', '.join(self.parts or PART_NAMES)}).")
 
+    def holds(self, mllm):
+        masked = [-(-p.numel()//8) for n, p in mllm.parameters() if n in {*self.covered(mllm)}]
+        return dict(mask=sum(masked))
+
     def looked_at(self, request: ForgetRequest) -> tuple[Dataset, Dataset]:  # of T, of P
         "The records that the mask is made from. `InputError` if the request holds none of T or none of P."
         kinds = dict(forget=dict(kind=self.forget_kinds), retain={})

@@ -9,8 +9,10 @@ __all__ = ['LEVELS', 'NULL_RULES', 'OBJECTIVES', 'ANCHORS', 'CONSTRAINTS', 'DEGE
            'second_moments', 'Forgotten', 'blurred', 'CVFNCU']
 
 # %% ../../nbs/methods/14_null_space_cvf.ipynb #a83c5cf2
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 
 import numpy as np
 import pandas as pd
@@ -21,7 +23,7 @@ from PIL import ImageFilter
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..batches import answer_log_probs, cross_entropy, encode, rows
+from ..batches import answer_log_probs, cross_entropy, encode, rows, tokenized
 from ..evaluation import has_words, letter_of, replies
 from .baselines import ga_loss
 from .unlearning import NOT_NEGATIVE, POSITIVE, Batch, GradientMethod, passes, register, shared
@@ -32,33 +34,41 @@ from ..training import Diverged
 
 # %% ../../nbs/methods/14_null_space_cvf.ipynb #479ec78e
 LEVELS = ("vision", "projector")
-_PIXELS = ("pixel_values", "image_grid_thw")  # what image processors of LLaVA and Qwen2-VL give
+_PIXELS = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes")  # what image processors of the families give
 
 def projector_of(mllm: MLLM) -> torch.nn.Module:
-    "The module between vision tower and language model. `InputError` for a model without `get_image_features` or with more than one such module."
+    "The module between vision tower and language model. `InputError` for a model without `get_image_features` or such a module."
     kind = mllm.model.config.model_type
-    paths = PARTS.get(kind, {}).get("projector", ())
-    if not hasattr(mllm.model.model, "get_image_features") or len(paths) != 1:
-        raise InputError(f"Features of a {kind!r} model cannot be read; its inner model needs get_image_features and one projector module, as LLaVA and Qwen2-VL have.")
-    return mllm.model.get_submodule(paths[0])
+    module = dict(mllm.model.named_modules()).get(next(iter(PARTS.get(kind, {}).get("projector", ())), None))
+    if not hasattr(mllm.model.model, "get_image_features") or module is None:
+        raise InputError(f"Features of a {kind!r} model cannot be read; its inner model needs get_image_features and a projector module, as LLaVA and Qwen2-VL have.")
+    return module
+
+_CUT = "Pictures of this {} model are cut into several crops, so its features are not known picture by picture; let its image processor not crop them."
 
 def visual_features(
     mllm: MLLM,
     pixels: dict[str, torch.Tensor],  # of some pictures, from `Pictures.batch` or `encode`
 ) -> dict[str, list[torch.Tensor]]:  # level -> features of every picture, [tokens, width]
-    "One pass through vision tower and projector."
-    read = []
-    hook = projector_of(mllm).register_forward_pre_hook(lambda module, args: read.append(args[0].flatten(0, -2)))
+    "One pass through vision tower and projector. `InputError` if it is not known which features belong to which picture."
+    read, kind, values = [], mllm.model.config.model_type, pixels["pixel_values"]
+    hook = projector_of(mllm).register_forward_pre_hook(lambda module, args: read.append(args[0]))
     try: written = mllm.model.model.get_image_features(**{k: v for k, v in pixels.items() if k in _PIXELS}, return_dict=True).pooler_output
     finally: hook.remove()
-    tokens = [len(f) for f in written]
-    merged = len(read[0])//sum(tokens)  # Qwen2-VL's projector makes one token of four
-    return dict(vision=list(read[0].split([n*merged for n in tokens])), projector=list(written))
+    written = [f for f in written if len(f)]  # an Idefics lists questions without a picture, too
+    if "pixel_attention_mask" in pixels and not pixels["pixel_attention_mask"][(values != 0).flatten(2).any(2)].all():
+        raise InputError(f"Pictures of different sizes were padded for this {kind} model, so their features are not those of the pictures alone; use pictures of one size.")
+    if values.ndim == 5: crops = [n for n in (values != 0).flatten(2).any(2).sum(1).tolist() if n]  # [pictures, crops, C, H, W], filled up with zeros
+    else: crops = [1]*len(written)
+    if "input_ids" in pixels and len(written) != (pixels["input_ids"] == mllm.model.config.image_token_id).any(1).sum(): raise InputError(_CUT.format(kind))
+    tower = read[0].flatten(0, -2)
+    unit = [len(f) for f in written] if values.ndim == 2 else crops  # a Qwen's rows of patches are as many for every token; other towers see crops of one size
+    return dict(vision=list(tower.split([n*len(tower)//sum(unit) for n in unit])), projector=written)
 
 @dataclass
 class Pictures:
     "Distinct pictures of some records, ready for a vision tower."
-    pixels: list[dict[str, torch.Tensor]]  # of each what the image processor gives for it alone
+    pixels: list[dict[str, torch.Tensor]]  # of each what the processor gives for it alone
     entity: list[str]  # who or what each shows
     records: list[np.ndarray]  # which records ask about each
 
@@ -73,13 +83,17 @@ class Pictures:
         meta = table(records)
         groups = list(meta.groupby(["entity", "view"], sort=False).indices.values())
         first = [g[0] for g in groups]
-        look = lambda image: dict(mllm.processor.image_processor(images=[change(image.convert("RGB"))], return_tensors="pt"))
+        def look(image):  # as in a question
+            found = tokenized(mllm, [[dict(modality="vqa", task="generation", question="?", image=change(image.convert("RGB")))]], with_answer=False)[1]
+            if found["pixel_values"].ndim == 4 and len(found["pixel_values"]) > 1: raise InputError(_CUT.format(mllm.model.config.model_type))
+            return {k: v.cpu() for k, v in found.items() if k in _PIXELS}
         return cls([look(image) for image in records.select(first)["image"]], list(meta.entity.iloc[first]), groups)
 
     def __len__(self): return len(self.pixels)
 
     def batch(self, mllm: MLLM, index) -> dict[str, torch.Tensor]:
-        "Some pictures on the model's device."
+        "Some pictures on the model's device. `InputError` if they cannot be looked at together."
+        if len({tuple(p.shape[1:]) for i in index for k, p in self.pixels[i].items() if k == "pixel_values"}) > 1: raise InputError("Pictures that are cut or padded differently cannot be looked at together; use pictures of one size.")
         joined = {k: torch.cat([self.pixels[i][k] for i in index]) for k in self.pixels[0]}
         return {k: v.to(mllm.device, mllm.dtype) if v.is_floating_point() else v.to(mllm.device) for k, v in joined.items()}
 
@@ -134,12 +148,20 @@ def seeing(
     tokens: list[torch.Tensor],  # [tokens, width] of every picture of a batch, at the level `projector`
 ):
     "Inside the block the language model reads these features, whatever the pictures are. `InputError` if they are more or fewer tokens than the pictures have."
-    def swap(module, args, out):
-        if out.numel() != sum(t.numel() for t in tokens): raise InputError(f"Features of {sum(map(len, tokens))} tokens cannot stand for pictures of {out.numel()//out.shape[-1]}; all pictures must be of one size.")
-        return torch.cat(tokens).to(out).view_as(out)
-    hook = projector_of(mllm).register_forward_hook(swap)
+    inner = mllm.model.model
+    look = inner.get_image_features
+
+    @wraps(look)  # `generate` asks for its arguments
+    def swap(*args, **options):
+        out = look(*args, **options)
+        found = [*out.pooler_output]  # a tensor, or one for every picture
+        if [len(f) for f in found] != [len(t) for t in tokens]: raise InputError(f"Features of {sum(map(len, tokens))} tokens cannot stand for pictures of {sum(map(len, found))}; all pictures must be of one size.")
+        shown = [t.to(f) for t, f in zip(tokens, found)]
+        out.pooler_output = torch.stack(shown) if torch.is_tensor(out.pooler_output) else shown
+        return out
+    inner.get_image_features = swap
     try: yield
-    finally: hook.remove()
+    finally: del inner.get_image_features  # the class's own again
 
 def questions_of(records: Dataset) -> list[dict]:
     "One record for every entity and fact, open questions before those with options."
@@ -387,6 +409,16 @@ class CVFNCU(GradientMethod):
     def unfrozen(self) -> bool:
         "Is the language model trained, too?"
         return not self.parts or "language" in self.parts
+
+    def trained(self, mllm):
+        "Linear layers only; of the visual ones those that are read, which is not looked at here."
+        return [f"{n}.weight" for part in self.parts or ("vision", "projector", "language") for n, m in mllm.model.named_modules() if isinstance(m, torch.nn.Linear) and f"{n}.weight" in {*mllm.parts[part]} and m is not mllm.model.get_output_embeddings()]
+
+    def holds(self, mllm):
+        names = [n for n in self.trained(mllm) if n not in {*mllm.parts["language"]}]
+        named, together = dict(mllm.model.named_parameters()), lambda n: re.sub(r"\.(?:(?:[qkv])_proj|(gate|up)_proj)\.weight$", lambda m: f".{bool(m[1])}", n)
+        inputs = {together(n): named[n].shape[1] for n in names}  # query, key and value read the same
+        return {"start of layers": sum(4*named[n].numel() for n in names), "second moments": sum(4*d*d for d in inputs.values()), "null spaces": sum(4*d*(d//2) for d in inputs.values())}
 
     def planned_steps(self, request):
         pictures = table(self.forget_records(request)).drop_duplicates(["entity", "view"])

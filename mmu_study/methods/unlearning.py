@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['POSITIVE', 'NOT_NEGATIVE', 'EDITION', 'Method', 'Unlearned', 'register', 'methods', 'method_class', 'get',
            'sees_table', 'passes', 'digest_of_tensors', 'digest_of_weights', 'digest_of_records', 'shared', 'Batch',
-           'Work', 'private_rng', 'with_lora', 'peak_bytes', 'change', 'diagnose', 'check_watch', 'GradientMethod']
+           'Work', 'private_rng', 'peak_bytes', 'change', 'diagnose', 'check_watch', 'GradientMethod', 'on_paper',
+           'memory_need', 'supported']
 
 # %% ../../nbs/methods/10_unlearning.ipynb #0506dd94
-import copy, hashlib, itertools, json, random, re, resource, sys, time
+import copy, hashlib, itertools, json, random, resource, sys, time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -19,13 +20,14 @@ import pandas as pd
 import torch
 from accelerate.utils import set_seed
 from datasets import Dataset, Image
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
 from ..batches import encode, rows
-from ..models import MLLM, PART_NAMES
+from ..models import MLLM, PART_NAMES, PARTS, READERS, lora_layers, tiny, with_lora
 from ..records import KINDS, MODALITIES, ForgetRequest, table, where
 from ..settings import InputError, build_once, key_of
 from ..training import Diverged
@@ -104,6 +106,10 @@ class Method:
     def planned_steps(self, request: ForgetRequest) -> int:
         "How many steps a run on this request has."
         return 1
+
+    def holds(self, mllm: MLLM) -> dict[str, int]:  # what -> bytes
+        "What a method keeps besides weights, gradients and the optimizer's state while it runs; an upper limit, without looking at records."
+        return {}
 
     @classmethod
     def grid(
@@ -281,18 +287,6 @@ def private_rng(
         try: yield
         finally: random.setstate(states[0]); np.random.set_state(states[1])
 
-def with_lora(
-    mllm: MLLM,  # gets adapters, in place; everything else is frozen
-    rank: int,
-    parts: tuple[str, ...] = (),
-) -> PeftModel:
-    "LoRA on the linear layers of some parts. `InputError` if there are none."
-    owned, head = {n for n, _ in mllm.parameters(*parts)}, mllm.model.get_output_embeddings()
-    linear = [n for n, m in mllm.model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head and f"{n}.weight" in owned]
-    if not linear: raise InputError(f"There is no linear layer in {', '.join(parts)} that LoRA could be put on; use full weights (lora=0).")
-    # alpha = rank as in MLLMU-Bench's code (16, 16); a string is matched against the full path
-    return get_peft_model(mllm.model, LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0., target_modules="|".join(map(re.escape, linear))))
-
 def peak_bytes(device: torch.device) -> int:
     "On a GPU the most that was allocated since the last reset, else the most that the process ever held."
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device)
@@ -401,6 +395,10 @@ class GradientMethod(Method):
     def planned_steps(self, request):
         return self.steps if self.steps is not None else -(-len(self.forget_records(request))//self.batch_size)
 
+    def trained(self, mllm: MLLM) -> list[str]:
+        "Names of the parameters that may move, or that carry adapters."
+        return [f"{n}.weight" for n in lora_layers(mllm, self.parts)] if self.lora else [n for n, _ in mllm.parameters(*self.parts)]
+
     def unlearn(self, mllm, request, *, state=None, watch=None, watch_at=()):
         name = type(self).__name__
         if state is not None and not self.sequential: raise InputError(f"{name} keeps nothing between requests, but was given a state.")
@@ -452,3 +450,46 @@ def _show(watch, step: int, work: Work) -> float:  # seconds
     for p, t in trains: p.requires_grad_(t); p.grad = None
     work.mllm.model.train()
     return time.perf_counter() - began
+
+# %% ../../nbs/methods/10_unlearning.ipynb #c3c0de02
+def on_paper(
+    config: PreTrainedConfig,
+    dtype: torch.dtype = torch.bfloat16,
+) -> MLLM:
+    "A model without weights and processor: names, shapes and parts only."
+    with torch.device("meta"): return MLLM(AutoModelForImageTextToText.from_config(config, dtype=dtype), None)
+
+def memory_need(
+    model: MLLM | PreTrainedConfig,  # for a configuration: weights in bf16
+    method: Method,
+) -> dict[str, int]:  # what -> bytes, and their `total`
+    "The bytes that a request needs with a method, without activations."
+    mllm = model if isinstance(model, MLLM) else on_paper(model)
+    size = lambda p: p.numel()*p.element_size()
+    named, need = dict(mllm.model.named_parameters()), {}
+    need["model"] = need["copy"] = sum(map(size, named.values()))
+    if isinstance(method, GradientMethod):
+        trained = [named[n] for n in method.trained(mllm)]
+        if method.lora: sizes = [method.lora*n for p in trained for n in p.shape]  # A and B of every layer, in fp32
+        else: sizes = [p.numel() for p in trained]
+        need["adapters"] = 4*sum(sizes) if method.lora else 0
+        need["fp32 copies"] = 0 if method.lora else sum(4*p.numel() for p in trained if p.dtype != torch.float32)
+        need["gradients"], need["AdamW"] = 4*sum(sizes), 8*sum(sizes) + 4*len(sizes)  # two moments, and a counter for each tensor
+    need |= method.holds(mllm)
+    return need | dict(total=sum(need.values()))
+
+# %% ../../nbs/methods/10_unlearning.ipynb #c3c0de06
+def supported(
+    methods: dict[str, Method],  # name -> with few steps
+    request: ForgetRequest,
+    texts: list[str],  # for the tokenizers
+) -> pd.DataFrame:  # a row a family; processor: what reads pictures and text here; a column a method: yes, or why not
+    "What works on which family, found out by doing it on tiny models."
+    found = {}
+    for family in PARTS:
+        mllm, reader = tiny(family, texts), READERS.get(family, lambda: None)()
+        found[family] = dict(processor=f"{reader.__name__}, for pictures and text" if reader else "its own")
+        for name, method in methods.items():
+            try: found[family][name] = "yes" if method.unlearn(mllm, request) else ""
+            except InputError as e: found[family][name] = str(e)
+    return pd.DataFrame.from_dict(found, orient="index")
