@@ -132,6 +132,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'mmu_study.cli._grid': ('runs/cli.html#_grid', 'mmu_study/cli.py'),
                                'mmu_study.cli._method': ('runs/cli.html#_method', 'mmu_study/cli.py'),
                                'mmu_study.cli._model': ('runs/cli.html#_model', 'mmu_study/cli.py'),
+                               'mmu_study.cli._pairs': ('runs/cli.html#_pairs', 'mmu_study/cli.py'),
                                'mmu_study.cli._parser': ('runs/cli.html#_parser', 'mmu_study/cli.py'),
                                'mmu_study.cli._positive': ('runs/cli.html#_positive', 'mmu_study/cli.py'),
                                'mmu_study.cli._register': ('runs/cli.html#_register', 'mmu_study/cli.py'),

@@ -9,6 +9,7 @@ __all__ = ['sweep', 'status', 'collect', 'study', 'build', 'methods', 'finetune'
 import argparse, os, shutil, signal, sys
 from dataclasses import fields
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from pkgutil import iter_modules
 from threading import current_thread, main_thread
@@ -82,15 +83,26 @@ def build(world="quick", seed=0, forget_pct=None, forget_seed=0) -> int:
     return 0
 
 # %% ../nbs/runs/33_cli.ipynb #8d256b68
-def _benchmark(text: str, forget_pct: float, forget_seed: int):
+def _pairs(flag: str, texts: list[str], example: str) -> dict[str, str]:
+    "What `NAME=VALUE`, given again and again, says."
+    split = [t.partition("=") for t in texts]
+    if wrong := [t for t, (_, equals, _) in zip(texts, split) if not equals]: raise InputError(f"{flag} takes {example}; got {wrong[0]!r}.")
+    return {n: v for n, _, v in split}
+
+def _benchmark(text: str, forget_pct: float, forget_seed: int, options=(), general=()):
     "The split that `--benchmark` names."
     from mmu_study.benchmarks import BENCHMARKS, load_benchmark
     from mmu_study.faceworld import PRESETS, Faceworld
     name, _, source = text.partition(":")
+    if Path(text).is_dir(): name, source = "folder" if (Path(text)/"people.csv").is_file() else "mllmu", text
+    given = {n: read_value(v, None) for n, v in _pairs("--option", options, "NAME=VALUE, such as released=true").items()}
+    if name in BENCHMARKS and source:
+        known = signature(BENCHMARKS[name].read).parameters
+        drawn = {n: v for n, v in dict(forget_pct=forget_pct, seed=forget_seed).items() if n in known and not (n == "forget_pct" and "forget" in given)}
+        return load_benchmark(name, source, general=list(general), **drawn | given)
+    if given or general: raise InputError(f"--option and --general are for benchmarks that are read, and {text!r} is none.")
     if text in PRESETS: return Faceworld.preset(text).split(forget_pct, forget_seed)
-    if name in BENCHMARKS and source: return load_benchmark(name, source, forget_pct=forget_pct)
-    if Path(text).is_dir(): return load_benchmark("mllmu", text, forget_pct=forget_pct)
-    raise InputError(f"There is no benchmark {text!r}; name a folder in the schema of MLLMU-Bench, {' or '.join(f'{n}:FOLDER_OR_HUB_ID' for n in BENCHMARKS)}, or a size of the embedded world ({', '.join(PRESETS)}).")
+    raise InputError(f"There is no benchmark {text!r}; name a folder in the schema of MLLMU-Bench or with a people.csv, NAME:FOLDER_OR_HUB_ID with one of {', '.join(BENCHMARKS)}, or a size of the embedded world ({', '.join(PRESETS)}).")
 
 def _model(model: str, dtype: str, device: str | None, **options):
     import torch
@@ -107,10 +119,8 @@ def _register():
 
 def _changes(cls, changes: list[str]) -> dict:
     "The values of fields of a dataclass that `--set` gives."
-    texts = [c.partition("=") for c in changes]
-    if wrong := [c for c, (_, equals, _) in zip(changes, texts) if not equals]: raise InputError(f"--set takes FIELD=VALUE, such as lr=1e-5; got {wrong[0]!r}.")
     hints = {f.name: Parameter(f.name, f.default, f.type.__name__ if isinstance(f.type, type) else str(f.type), "") for f in fields(cls)}
-    given = {n: read_value(v, hints.get(n)) for n, _, v in texts}
+    given = {n: read_value(v, hints.get(n)) for n, v in _pairs("--set", changes, "FIELD=VALUE, such as lr=1e-5").items()}
     checked = fill_in(hints, given, cls.__name__)
     return {n: checked[n] for n in given}
 
@@ -128,7 +138,7 @@ def methods() -> int:
     print(sees_table().map(lambda seen: "yes" if seen else "-").to_string())
     return 0
 
-def finetune(model, benchmark, preset, out, changes=(), retain_only=False, every=200, checkpointing=False, forget_pct=10., forget_seed=0, dtype="float32", device=None) -> int:
+def finetune(model, benchmark, preset, out, changes=(), retain_only=False, every=200, checkpointing=False, forget_pct=10., forget_seed=0, dtype="float32", device=None, options=(), general=()) -> int:
     "Teach a checkpoint the people of a benchmark, as the benchmark's repository does. Started again, it goes on at its last checkpoint; `accelerate launch -m mmu_study.cli finetune` uses several GPUs."
     from dataclasses import asdict, replace
     from accelerate import PartialState
@@ -138,10 +148,10 @@ def finetune(model, benchmark, preset, out, changes=(), retain_only=False, every
     from mmu_study.training import TUNINGS, Diverged, Tuning, finetune as train
     if (out := Path(out)).exists(): raise InputError(f"{out} exists; name a folder that does not.")
     if preset not in TUNINGS: raise InputError(f"There is no preset {preset!r} for fine-tuning; there are {', '.join(TUNINGS)}.")
-    tuning, split = replace(TUNINGS[preset], **_changes(Tuning, changes)), _benchmark(benchmark, forget_pct, forget_seed)
+    tuning, split = replace(TUNINGS[preset], **_changes(Tuning, changes)), _benchmark(benchmark, forget_pct, forget_seed, options, general)
     records = where(split.role(*(["retain"] if retain_only else ["forget", "retain"]), fold="train"), kind="identity")
     tuning.orders(records)  # refuses what it cannot learn from before any weights are read
-    left = out.with_name(f"{out.name}.{key_of(str(model), benchmark, tuning, retain_only, forget_pct, forget_seed, dtype)}.training")
+    left = out.with_name(f"{out.name}.{key_of(str(model), benchmark, tuning, retain_only, forget_pct, forget_seed, dtype, list(options), list(general))}.training")
     mllm = _model(model, dtype, device, checkpointing=checkpointing)
     try: log = train(mllm, records, tuning, desc=preset, checkpoint=left, every=every, progress=sys.stderr.isatty())
     except Diverged as e: raise RunFailed(str(e)) from None
@@ -155,12 +165,12 @@ def finetune(model, benchmark, preset, out, changes=(), retain_only=False, every
     print(f"{out}: {preset}, {len(log)} steps on {len(records)} records; the loss went from {log.loss.iloc[0]:.3g} to {log.loss.iloc[-1]:.3g}")
     return 0
 
-def unlearn(model, benchmark, method, out, preset="paper", changes=(), checkpointing=False, forget_pct=10., forget_seed=0, dtype="float32", device=None, products="") -> int:
+def unlearn(model, benchmark, method, out, preset="paper", changes=(), checkpointing=False, forget_pct=10., forget_seed=0, dtype="float32", device=None, products="", options=(), general=()) -> int:
     "Unlearn the forget people of a benchmark from a checkpoint and write the new checkpoint."
     from mmu_study.runs import provenance
     from mmu_study.training import Diverged
     if (out := Path(out)).exists(): raise InputError(f"{out} exists; name a folder that does not.")
-    chosen, split = _method(method, preset, [*changes, *([f"products={products}"] if products else [])]), _benchmark(benchmark, forget_pct, forget_seed)
+    chosen, split = _method(method, preset, [*changes, *([f"products={products}"] if products else [])]), _benchmark(benchmark, forget_pct, forget_seed, options, general)
     request, = split.requests(1)
     mllm = _model(model, dtype, device, checkpointing=checkpointing)
     try: done = chosen.unlearn(mllm, request)
@@ -173,11 +183,11 @@ def unlearn(model, benchmark, method, out, preset="paper", changes=(), checkpoin
     print(f"{out}: {type(chosen).__name__}, {len(done.log)} steps, {done.seconds:.0f} s, {done.peak_bytes/2**30:.1f} GiB at its peak; {len(request.entities)} people forgotten")
     return 0
 
-def evaluate(model, benchmark, out=None, per_fact=None, quantize=None, forget_pct=10., forget_seed=0, dtype="float32", device=None) -> int:
+def evaluate(model, benchmark, out=None, per_fact=None, quantize=None, forget_pct=10., forget_seed=0, dtype="float32", device=None, options=(), general=()) -> int:
     "Score a checkpoint on a benchmark and show its accuracies."
     from mmu_study.evaluation import accuracy_by, evaluate as score
     from mmu_study.records import thin
-    split = _benchmark(benchmark, forget_pct, forget_seed)
+    split = _benchmark(benchmark, forget_pct, forget_seed, options, general)
     scores = score(_model(model, dtype, device, quantize=quantize), thin(split.score, per_fact) if per_fact else split.score, progress=sys.stderr.isatty())
     if out:
         with atomic_file(out) as p: scores.to_parquet(p, index=False)
@@ -199,9 +209,11 @@ def _positive(kind):
 _GRID = [("grid", dict(metavar="GRID", help="a grid file, or the name of one in data/grids")), ("--preset", dict(metavar="NAME", help="one of the presets in the file")),
     ("--gpus", dict(type=_positive(int), metavar="N", help="GPUs of each run, instead of what the file says; with several, a notebook that uses accelerate has as many processes"))]
 _CHECKPOINT = [("--model", dict(required=True, metavar="DIR_OR_HUB", help="folder or hub id of the checkpoint")),
-    ("--benchmark", dict(required=True, metavar="NAME_OR_DIR", help="folder in the schema of MLLMU-Bench, NAME:SOURCE (mllmu:MLLMMU/MLLMU-Bench), or a size of the embedded world"))]
+    ("--benchmark", dict(required=True, metavar="NAME_OR_DIR", help="folder in the schema of MLLMU-Bench or with a people.csv, NAME:SOURCE (mllmu:MLLMMU/MLLMU-Bench), or a size of the embedded world"))]
 _SPLIT = [("--forget-pct", dict(type=_positive(float), default=10., metavar="PCT", help="per cent of the people to forget (default: 10)")),
-    ("--forget-seed", dict(type=int, default=0, metavar="N", help="another choice of them, in the embedded world (default: 0)")),
+    ("--forget-seed", dict(type=int, default=0, metavar="N", help="another choice of them, where they are drawn (default: 0)")),
+    ("--option", dict(dest="options", action="append", default=[], metavar="NAME=VALUE", help="of the benchmark's reader, such as released=true, or forget='[Ada Abel]' for people of your own; again for each")),
+    ("--general", dict(action="append", default=[], metavar="NAME:SOURCE", help="a benchmark whose general questions are asked, too, such as pope:DIR; again for each")),
     ("--dtype", dict(choices=["float32", "bfloat16", "float16"], default="float32", help="precision of the weights (default: float32)")), ("--device", dict(metavar="NAME", help="cuda, cuda:1, cpu (default: a GPU if there is one)"))]
 _CHECKPOINTING = ("--checkpointing", dict(action="store_true", help="compute activations twice, for less memory"))
 _COMMANDS = {
