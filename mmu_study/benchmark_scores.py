@@ -38,13 +38,13 @@ def released_prompt(
     record: dict,
     shots: Iterable[dict] = (),  # records of the same task and modality that are shown with their answers
 ) -> str:  # one `<image>` for every picture
-    "The raw prompt of the released evaluation. The few-shot form of cloze is not in our sources and is made like that of classification."
+    "The raw prompt of the released evaluation; for generation with a picture a space follows `ASSISTANT:`, as in both codes. The few-shot form of cloze is not in our sources and is made like that of classification."
     if benchmark not in RELEASED: raise InputError(f"There is no released prompt for {benchmark!r}; choose one of {', '.join(RELEASED)}.")
     words = RELEASED[benchmark][record["task"]][record["modality"] == "qa"].format(lines="\n".join(f"{l}: {o}" for l, o in zip(LETTERS, record["options"])), list=str(record["options"]))
     image = " <image>\n" if record["modality"] == "vqa" else "\n" if record["task"] == "classification" else " "
     options = lambda r: "".join(f"{l}: {o}\n" for l, o in zip(LETTERS, r["options"]))
     shown = "".join(f"USER:{image}Question: {_question(benchmark, r)}\n{options(r)}Correct Answer: {r['answer']}\n" for r in shots)
-    return f"{shown}USER:{image}{_question(benchmark, record)}{words}\nASSISTANT:"
+    return f"{shown}USER:{image}{_question(benchmark, record)}{words}\nASSISTANT:{' ' if (record['task'], record['modality']) == ('generation', 'vqa') else ''}"
 
 _rouge = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
 
@@ -96,7 +96,7 @@ def draw_shots(
 def _reply(mllm: MLLM, prompts: list[str], pictures: list[list], max_new_tokens: int) -> list[str]:
     "Greedy replies to raw prompts with one `<image>` a picture."
     if getattr(mllm.processor, "image_token", None) != "<image>":
-        parts = [p.removesuffix("\nASSISTANT:").removeprefix("USER:").lstrip() for p in prompts]
+        parts = [p.rstrip().removesuffix("\nASSISTANT:").removeprefix("USER:").lstrip() for p in prompts]
         content = lambda text: [c for i, t in enumerate(text.split("<image>\n")) for c in [dict(type="image")]*(i > 0) + [dict(type="text", text=t)]*bool(t)]
         prompts = [mllm.processor.apply_chat_template([dict(role="user", content=content(p))], add_generation_prompt=True) for p in parts]
     images = [p.convert("RGB") for of in pictures for p in of]
@@ -228,7 +228,7 @@ def clear_report(
     oracle: pd.DataFrame | None = None,  # the same of a model that never knew the people to forget
     form: str = "paper",  # or `released`
 ) -> dict[str, float]:
-    "The summary of CLEAR: Real, Retain, Forget (`paper`) or Utility (`released`), and with an oracle ForgetQuality, JS, KS, p. `InputError` as `clear_tasks`, or if a group has no scores."
+    "The summary of CLEAR: Real, Retain, Forget (`paper`) or Utility (`released`), and with an oracle ForgetQuality (1 − JS; `released`: p), JS, KS, p. `InputError` as `clear_tasks`, or if a group has no scores."
     tasks = clear_tasks(scores, form)
     if missing := [t for group in _CLEAR_GROUPS.values() for t in group if t not in tasks.index]: raise InputError(f"There are no scores of {', '.join(missing)}.")
     report = dict(Utility=harmonic_mean(tasks[~tasks.index.str.startswith("forget")].to_numpy().ravel())) if form == "released" else {g: harmonic_mean(tasks.loc[list(of)].mean()) for g, of in _CLEAR_GROUPS.items()}
@@ -236,7 +236,7 @@ def clear_report(
         captions = [s[_clear_task(s) == "forget_captions"] for s in (scores, oracle)]
         if form == "released": captions = [s[s.metric == "paraphrase_loss"].assign(metric="truth_ratio", value=np.exp(np.minimum(700, s.value[s.metric == "paraphrase_loss"] - s.value[s.metric == "perturbed_loss"].mean()))) for s in captions]
         quality = forget_quality(*captions)
-        report |= dict(ForgetQuality=quality["quality"], JS=quality["js"], KS=quality["ks"], p=quality["p"])
+        report |= dict(ForgetQuality=quality["p" if form == "released" else "quality"], JS=quality["js"], KS=quality["ks"], p=quality["p"])
     return report
 
 # %% ../nbs/core/09_benchmark_scores.ipynb #b2c0de19
@@ -262,7 +262,7 @@ def fiubench_report(
 
 # %% ../nbs/core/09_benchmark_scores.ipynb #b2c0de1c
 def circular_accuracy(
-    scores: pd.DataFrame,  # of `evaluate`, on MMBench with `circular=True`
+    scores: pd.DataFrame,  # of `evaluate`, on MMBench with `circular=True` or a file that holds the rotations
     metric: str = "accuracy",  # or `letter`
 ) -> float:
     "Share of the questions that are right in all rotations. `InputError` for a metric that is not there."

@@ -265,7 +265,7 @@ def clear(
     seed: int = 0,  # of these draws
 ) -> Split:
     """CLEAR (arXiv 2410.18057) for one percentage, as in the table above; the choice of people is the benchmark's own.
-    `InputError`, each naming config and row: a needed column or value that is missing, a picture that cannot be decoded, a person in both the forget and a retain config."""
+    `InputError`, each naming config and row: a needed column or value that is missing, a picture that cannot be decoded, a person or text in both the forget and a retain config."""
     if forget_pct not in (1, 5, 10): raise InputError(f"CLEAR has no forget_pct {forget_pct!r}; choose 1, 5 or 10.")
     source, pct, views, rng = str(source), int(forget_pct), _Views(), np.random.default_rng(seed)
     configs = dict(forget=f"forget{pct:02d}", retain=f"retain{100 - pct}")
@@ -292,11 +292,13 @@ def clear(
             companion[f"{config}/{n}/caption"] = dict(paraphrase=row["paraphrased_caption"], perturbed=row["perturbed_captions"])
             companion[f"{config}/{n}/name"] = dict(perturbed=row["perturbed_names"])
     if both := sorted(people["forget"].keys() & people["retain"].keys()): raise InputError(f"{', '.join(both)} are both in {configs['forget']} and in {configs['retain']}.")
-    asked = {r["name"] for r in rows if r["fold"] == "test"}
+    asked, forgotten = {r["name"] for r in rows if r["fold"] == "test"}, set()
     for role, config in configs.items():
         texts = [(n, at, row) for n, (at, row) in enumerate(_rows(source, f"{config}+tofu", {}, key=None, columns=("image", "caption", "question", "answer"))) if not (row["image"] or {}).get("bytes")]
         for _, at, row in texts:
             if hole := next(_holes(dict(question={}, answer={}), row), None): raise InputError(f"{at}, has neither an image nor a {hole}.")
+            if (row["question"], row["answer"]) in forgotten: raise InputError(f"{at}, has a question and answer that are also in {configs['forget']}+tofu: {row['question']!r}.")
+        if role == "forget": forgotten = {(row["question"], row["answer"]) for _, _, row in texts}
         nth = Counter()
         for (n, _, row), name in zip(texts, _whom([f"{row['question']} {row['answer']}" for _, _, row in texts], list(people[role]))):
             base = dict(entity=people[role].get(name, f"author-of-{config}-{n}"), name=name, role=role, fact=f"text-{nth[name]}", question=row["question"], answer=row["answer"])
@@ -519,7 +521,7 @@ def mmbench(
     source: str,  # TSV file, or a folder with one
     circular: bool = False,  # ask every question once for each rotation of its options
 ) -> Split:
-    "General questions from a table like MMBench's. `InputError`, each naming file and index: a missing column, an answer that is no option, a picture that cannot be decoded, fewer than two options."
+    "General questions from a table like MMBench's. `InputError`, each naming file and index: a missing column, an answer that is no option, a picture that cannot be decoded, fewer than two options or a gap among them, rotations of what is rotated already."
     file = Path(source)
     if file.is_dir():
         found = sorted(file.glob("*.tsv"))
@@ -532,14 +534,17 @@ def mmbench(
     pictures, rows = dict(zip(data["index"], data.image)), []
     for row in data.to_dict("records"):
         at, index = f"{file.name}, index {row['index']}", row["index"]
-        options = [o for l in LETTERS if (o := row.get(l, "").strip()) and o.lower() != "nan"]
+        filled = {l: o for l in LETTERS if (o := row.get(l, "").strip()) and o.lower() != "nan"}
+        options = list(filled.values())
         if len(options) < 2: raise InputError(f"{at}, has fewer than two options.")
+        if gap := [l for l in LETTERS[:LETTERS.index(max(filled))] if l not in filled]: raise InputError(f"{at}, has an option {max(filled)} and none for {', '.join(gap)}, so its letters would shift.")
         if row["answer"] not in LETTERS[:len(options)]: raise InputError(f"{at}, has the answer {row['answer']!r}; its options are {', '.join(LETTERS[:len(options)])}.")
         encoded = pictures.get(row["image"], row["image"])
         try: image = _picture(base64.b64decode(encoded, validate=True), at)
         except binascii.Error: raise InputError(f"{at}, has an image that is not in base64.") from None
         if not index.isdigit(): raise InputError(f"{at}, is not numbered.")
         original, turn = int(index) % 10**6, int(index)//10**6
+        if circular and turn: raise InputError(f"{at}, is a rotation of index {original}: {file.name} holds the rotations already, so read it without circular.")
         question = "\n".join(filter(None, (h if (h := row.get("hint", "").strip()).lower() != "nan" else "", row["question"])))
         value = options[LETTERS.index(row["answer"])]
         for k in range(len(options)) if circular else [0]:

@@ -11,7 +11,7 @@ from mmu_study.benchmark_scores import (SHOTS, bleu, circular_accuracy, clear_re
 from mmu_study.benchmarks import load_benchmark, write_miniature
 from mmu_study.evaluation import evaluate, mean_log_probs, scoring_mode
 from mmu_study.faceworld import Faceworld
-from mmu_study.models import TinyLlava, TinyQwen2VL, tiny_llava, tiny_qwen2_vl
+from mmu_study.models import TinyLlava, tiny, tiny_llava
 from mmu_study.records import Split, table, to_records, where
 from mmu_study.settings import InputError
 
@@ -49,9 +49,9 @@ def test_released_prompts():
     blank, say = "He is in [Blank].\nPlease **ONLY** provide the correct answer that should replace the [Blank].\nASSISTANT:", "Who?\nAnswer the question based on your trained knowledge in one sentence"
     expected = dict(
         mllmu=[(CHOICE, "USER: <image>\nWhere?\n" + abcd + one), (text(CHOICE), "USER:\nWhere?\n" + abcd + one), (CLOZE, "USER: <image>\n" + blank), (text(CLOZE), "USER: " + blank),
-            (SAY, f"USER: <image>\n{say} accurately in ENGLISH.\nASSISTANT:"), (text(SAY), f"USER: {say} in ENGLISH.\nASSISTANT:")],
+            (SAY, f"USER: <image>\n{say} accurately in ENGLISH.\nASSISTANT: "), (text(SAY), f"USER: {say} in ENGLISH.\nASSISTANT:")],
         umu=[(CHOICE, "USER: <image>\nWhere?\nSelect answer in ['Oslo', 'Rome', 'Paris', 'Lima']\nASSISTANT:"), (text(CHOICE), "USER:\nWhere?\nSelect answer in ['Oslo', 'Rome', 'Paris', 'Lima']\nASSISTANT:"),
-            (text(CLOZE), "USER: He is in __.\nPlease **ONLY** provide the correct answer without any explanation\nASSISTANT:"), (SAY, f"USER: <image>\n{say} accurately in ENGLISH.\nASSISTANT:")])
+            (text(CLOZE), "USER: He is in __.\nPlease **ONLY** provide the correct answer without any explanation\nASSISTANT:"), (SAY, f"USER: <image>\n{say} accurately in ENGLISH.\nASSISTANT: "), (text(SAY), f"USER: {say} in ENGLISH.\nASSISTANT:")])
     for benchmark, pairs in expected.items():
         for record, prompt in pairs: assert released_prompt(benchmark, record) == prompt
     shown = dict(CHOICE, question="Which?", answer="D")
@@ -106,11 +106,15 @@ def test_released_scoring_refuses(splits, mllm):
     short.model.config.text_config.max_position_embeddings = 40
     with pytest.raises(InputError, match=r"A prompt with its reply has \d+ tokens and the model reads 40; show fewer examples"): released_scores(short, splits["umu"], "umu")
 
-def test_other_models_get_the_words_by_template(splits):
+def test_other_models_get_the_words_by_template(splits, monkeypatch):
+    "Of a model with another image token than `<image>`, whose prompt the chat template ends."
     split = splits["umu"]
-    made = tiny_qwen2_vl(TinyQwen2VL(), [f"USER: {ask(r)}\nASSISTANT: {r['answer']}</s>" for r in split.records.remove_columns("image")])
-    few = Split(where(split.records, role="forget", fold="test").select(range(6)), split.forget_pct, 0)
-    assert {*released_scores(made, few, "umu", max_new_tokens=2).uid} == {*few.score["uid"]}
+    made = tiny("internvl", [f"USER: {ask(r)}\nASSISTANT: {r['answer']}</s>" for r in split.records.remove_columns("image")])
+    few = Split(where(split.records, role="forget", fold="test", task="generation"), split.forget_pct, 0)
+    template, given = made.processor.apply_chat_template, []
+    monkeypatch.setattr(made.processor, "apply_chat_template", lambda talk, **more: given.append(talk[0]["content"][-1]["text"]) or template(talk, **more))
+    assert {*released_scores(made, few, "umu", max_new_tokens=2).uid} == {*few.score["uid"]} and {*few.score["modality"]} == {"vqa", "qa"}
+    assert len(given) == len(few.score) and all(t.endswith("ENGLISH.") and "USER" not in t for t in given)
 
 # Compared answers
 
@@ -179,6 +183,9 @@ def test_clear_forget_quality():
     unlike = clear_report(far, scores)
     assert unlike["KS"] == 1 and unlike["p"] == pytest.approx(2/70) and unlike["ForgetQuality"] == pytest.approx(0)  # 8 over 4 orders, of which two keep the samples apart
     assert clear_report(far, scores, "released")["KS"] == 0  # which goes by losses, and these are equal
+    worse = scores.assign(value=scores.value.where(~((scores.metric == "paraphrase_loss") & (scores.fact.str.startswith("caption"))), scores.value + 9))
+    released = clear_report(worse, scores, "released")
+    assert released["ForgetQuality"] == released["p"] == pytest.approx(2/70) and (released["KS"], released["JS"]) == pytest.approx((1, 1))  # the code's name for p; 1 − JS would be 0
     other = scores.assign(value=scores.value.where(~((scores.metric == "truth_ratio") & scores.fact.str.startswith("name")), 1e6))
     assert clear_report(other, scores)["ForgetQuality"] == 1  # only captions are compared
 

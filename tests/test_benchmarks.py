@@ -333,6 +333,24 @@ def test_clear_is_what_was_written(mini, pct):
     same = table(split.records).query("modality == 'vqa' and role != 'general'").assign(pixels=[np.asarray(r["image"]).tobytes() for r in split.records if r["modality"] == "vqa" and r["role"] != "general"])
     assert (same.groupby(["entity", "view"]).pixels.nunique() == 1).all() and (same.groupby(["entity", "pixels"]).view.nunique() == 1).all()
 
+def test_clear_texts_to_forget_are_not_retained(copy_of):
+    folder = copy_of("clear")
+    secret = raw(folder, "forget05+tofu")[-1]
+    n = len(raw(folder, "retain95+tofu"))
+    last = lambda **new: lambda r, i=iter(range(n)): next(i) == n - 1 and r.update(new)
+    clear(edited_rows(folder, "retain95+tofu", last(question=secret["question"])), 5)  # the same question with another answer is no secret
+    edited_rows(folder, "retain95+tofu", last(answer=secret["answer"]))
+    with pytest.raises(InputError, match=rf"^retain95\+tofu, row {n - 1}, has a question and answer that are also in forget05\+tofu: '.*'\.$"): clear(folder, 5)
+
+def test_clear_authors_by_blocks_of_twenty():
+    names, whom = ["Ana Sol", "Will Sol"], benchmarks._whom
+    ana = ["What does Ana Sol write?"]*3 + ["She likes Will Sol."] + ["Where does she live?"]*16
+    will, nobody = ["Who is it? Will."] + ["He paints."]*19, ["He paints."]*20
+    assert whom(ana + will, names) == ["Ana Sol"]*20 + ["Will Sol"]*20  # who is named most, in the question that names another too
+    assert whom(ana + nobody, names) == ["Ana Sol"]*20 + [""]*20 and whom(nobody + will, names) == [""]*20 + ["Will Sol"]*20  # nobody: not whoever was before
+    assert whom(ana + ["Ana met Will."]*20, names)[20:] == [""]*20
+    assert whom((ana + will)[:-1], names)[2:5] == ["Ana Sol", "Will Sol", "Will Sol"] == whom(ana, names)[2:5]  # no blocks: each question by itself
+
 def test_clear_options_may_hold_the_answer(copy_of):
     folder = edited_rows(copy_of("clear"), "real_faces", lambda r: r["options"].append(r["answer"]))
     split = clear(folder)
@@ -534,9 +552,11 @@ def test_mmbench_rotated_beforehand(copy_of, mini):
     pd.concat([data, turned]).to_csv(file, sep="\t", index=False)
     meta = table(mmbench(file).records)
     assert meta.groupby("entity").size().max() == 2 and meta.uid.is_unique and (meta.groupby("entity").value.nunique() == 1).all()
+    with pytest.raises(InputError, match=r"^mmbench_dev_en.tsv, index 1000001, is a rotation of index 1: mmbench_dev_en.tsv holds the rotations already, so read it without circular\.$"): mmbench(file, circular=True)
 
 @pytest.mark.parametrize("change, message", [
     (dict(answer="E"), r"mmbench_dev_en.tsv, index 0, has the answer 'E'; its options are A, B, C, D\."), (dict(B="", C="", D=""), r"mmbench_dev_en.tsv, index 0, has fewer than two options\."),
+    (dict(B=""), r"mmbench_dev_en.tsv, index 0, has an option D and none for B, so its letters would shift\."), (dict(A="nan", B=" "), r"mmbench_dev_en.tsv, index 0, has an option D and none for A, B, "),
     (dict(image="no base64!"), r"mmbench_dev_en.tsv, index 0, has an image that is not in base64\."), (dict(image="aGVsbG8="), r"mmbench_dev_en.tsv, index 0, has a picture that cannot be decoded"), (None, r".*tsv has no column answer; it has index")])
 def test_mmbench_wrong_rows(copy_of, change, message):
     file = copy_of("mmbench")/"mmbench_dev_en.tsv"
