@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from ..batches import answer_log_probs, cross_entropy, encode, labelled, rows
 from .baselines import ga_loss
-from .unlearning import NOT_NEGATIVE, POSITIVE, GradientMethod, digest_of_model, digest_of_records, register, shared
+from .unlearning import NOT_NEGATIVE, POSITIVE, GradientMethod, digest_of_model, digest_of_records, register, shared, without_dropout
 from ..models import MLLM, PART_NAMES
 from ..records import ForgetRequest, where
 from ..settings import InputError, atomic_file
@@ -62,7 +62,7 @@ def saliency(
     if unknown := names - named.keys(): raise InputError(f"The model has no parameter {', '.join(sorted(unknown))}.")
     order, size = np.random.default_rng(seed).permutation(len(records)), batch_size if unit == "batch" else 1
     batches = [order[i:i + size] for i in range(0, len(order), size)]
-    found, total, hooks, training = {}, 0., [], mllm.model.training
+    found, total, hooks = {}, 0., []
 
     def add(name, p):
         g, p.grad = p.grad.to(sums or p.dtype), None
@@ -70,8 +70,7 @@ def saliency(
         found[name].addcmul_(g, g, value=1/len(batches))
 
     try:
-        mllm.model.eval()
-        with gradients_into(mllm.model, names):
+        with without_dropout(mllm), gradients_into(mllm.model, names):
             hooks = [named[n].register_post_accumulate_grad_hook(partial(add, n)) for n in names]
             for batch in batches:
                 loss = cross_entropy(*answer_log_probs(mllm, labelled(encode(mllm, rows(records, batch)), loss_on)))
@@ -79,7 +78,6 @@ def saliency(
                 total += loss.detach()
     finally:
         for hook in hooks: hook.remove()
-        mllm.model.train(training)
     if not math.isfinite(total): raise Diverged(f"MMUnlearner: the losses that its saliency is made from add up to {float(total)}; nothing was kept.")
     return {n: found[n] for n in named if n in found}
 
@@ -310,8 +308,6 @@ class MMUnlearner(GradientMethod):
         return loss, logged
 
     def prepare(self, work): return self.mask_for(work.mllm, work.request)
-
-    def movable(self, work): return super().movable(work) if self.master else {n: p for n, p in work.mllm.model.named_parameters() if p.requires_grad}
 
     def optimizer(self, weights): return torch.optim.AdamW(weights, lr=self.lr, weight_decay=self.weight_decay, eps=self.adam_eps)
 

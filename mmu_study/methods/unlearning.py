@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['POSITIVE', 'NOT_NEGATIVE', 'Method', 'Unlearned', 'register', 'methods', 'method_class', 'get', 'sees_table',
            'passes', 'digest_of_tensors', 'digest_of_model', 'digest_of_records', 'shared', 'Batch', 'Work',
-           'private_rng', 'peak_bytes', 'change', 'diagnose', 'check_watch', 'GradientMethod', 'on_paper',
-           'memory_need', 'supported']
+           'private_rng', 'peak_bytes', 'change', 'diagnose', 'check_watch', 'without_dropout', 'GradientMethod',
+           'on_paper', 'memory_need', 'supported']
 
 # %% ../../nbs/methods/10_unlearning.ipynb #0506dd94
 import copy, hashlib, itertools, json, random, re, resource, sys, time
@@ -309,11 +309,12 @@ def change(
     before: MLLM,
     after: MLLM,
 ) -> dict:  # changed_share: of all weights; update_norm: part -> Euclidean norm of the difference
-    "How far a model is from another one of the same architecture."
+    "How far a model is from another one of the same architecture, without weights that `quantize` rounded."
     old, norms, changed, total = dict(before.model.named_parameters()), {}, 0, 0
     for part in before.parts:
         squares = 0.
         for name, new in after.parameters(part):
+            if not new.is_floating_point(): continue
             difference = new.detach().float() - old[name].detach().float()
             squares += difference.square().sum().item(); changed += int(difference.count_nonzero()); total += new.numel()
         norms[part] = squares**.5
@@ -335,6 +336,21 @@ def check_watch(watch_at, steps: int):
     "`InputError` if `watch_at` names a step that the run does not have."
     if wrong := {*watch_at} - {*range(steps + 1)}: raise InputError(f"watch_at holds {sorted(wrong)}, but the run has steps 0 to {steps}.")
 
+@contextmanager
+def without_dropout(mllm: MLLM):
+    """Inside the block nothing is dropped: eval mode. Only what computes its activations twice is left in training mode, without which it would keep them.
+    `InputError` if such a module drops something itself."""
+    before = [(m, m.training) for m in mllm.model.modules()]
+    twice = [m for m, _ in before if getattr(m, "gradient_checkpointing", False)]
+    if drops := [m for m in twice if isinstance(getattr(m, "dropout", 0), float) and m.dropout > 0]:
+        raise InputError(f"{type(drops[0]).__name__} drops {drops[0].dropout:g} of its activations and computes them twice, which goes together in training mode only; load the model without checkpointing, or with dropout 0 in its configuration.")
+    try:
+        mllm.model.eval()
+        for m in twice: m.training = True
+        yield
+    finally:
+        for m, mode in before: m.training = mode
+
 _GRADIENT_RULES = dict(
     lr=POSITIVE, weight_decay=NOT_NEGATIVE, clip=POSITIVE,
     steps=(lambda v: v is None or v >= 0, "0 or more, or None for one pass over the forget records"),
@@ -352,6 +368,7 @@ class GradientMethod(Method):
     weight_decay: float = 0.  # decay would pull at weights that no loss asks to change
 
     RULES = {**Method.RULES, **_GRADIENT_RULES}
+    master = True  # are weights in low precision moved as fp32 copies?
 
     def loss(
         self,
@@ -370,8 +387,8 @@ class GradientMethod(Method):
         else: work.mllm.train_only(*self.parts)
 
     def movable(self, work: Work) -> dict[str, torch.Tensor]:  # name of a trained parameter -> what the optimizer moves in its place
-        "Parameters in low precision are moved as fp32 copies: a step at the usual rates is smaller than the distance of two bf16 numbers."
-        return {n: p if p.dtype == torch.float32 else p.detach().float() for n, p in work.mllm.model.named_parameters() if p.requires_grad}
+        "Parameters in low precision are moved as fp32 copies (unless `master` says no): a step at the usual rates is smaller than the distance of two bf16 numbers."
+        return {n: p.detach().float() if self.master and p.dtype != torch.float32 else p for n, p in work.mllm.model.named_parameters() if p.requires_grad}
 
     def batches(
         self,
@@ -429,7 +446,7 @@ class GradientMethod(Method):
                 log.append(dict(step=step + 1, **self._step(work, optimizer, next(forget), next(retain)), lr=self.lr))
             more = dict(trainable=sum(w.numel() for w in work.weights.values()), **self.report(work))
             if work.lora: work.mllm = MLLM(work.lora.merge_and_unload(), mllm.processor)
-            work.mllm.model.eval().requires_grad_(True)
+            for p in work.mllm.model.eval().parameters(): p.requires_grad_(p.is_floating_point())
             kept = self.remember(work)
         records = dict(forget=len(work.forget), retain=len(work.retain or ()))
         return Unlearned(work.mllm, pd.DataFrame(log, columns=None if log else ["step", "loss", "forget_loss", "retain_loss", "grad_norm", "lr"]),
@@ -476,18 +493,18 @@ def memory_need(
     model: MLLM | PreTrainedConfig,  # for a configuration: weights in bf16
     method: Method,
 ) -> dict[str, int]:  # what -> bytes, and their `total`
-    "The bytes that a request needs with a method, without activations."
+    "The bytes that a request needs with a method, without activations, records and what is read from them (features of retained pictures), and what is gone before the first step (saliency, spectra)."
     mllm = model if isinstance(model, MLLM) else on_paper(model)
     size = lambda p: p.numel()*p.element_size()
     named, need = dict(mllm.model.named_parameters()), {}
     need["model"] = need["copy"] = sum(map(size, named.values()))
     if isinstance(method, GradientMethod):
         trained = [named[n] for n in method.trained(mllm)]
-        if method.lora: sizes = [method.lora*n for p in trained for n in p.shape]  # A and B of every layer, in fp32
-        else: sizes = [p.numel() for p in trained]
-        need["adapters"] = 4*sum(sizes) if method.lora else 0
-        need["fp32 copies"] = 0 if method.lora else sum(4*p.numel() for p in trained if p.dtype != torch.float32)
-        need["gradients"], need["AdamW"] = 4*sum(sizes), 8*sum(sizes) + 4*len(sizes)  # two moments, and a counter for each tensor
+        if method.lora: moved = [4*method.lora*n for p in trained for n in p.shape]  # A and B of every layer, in fp32
+        else: moved = [4*p.numel() if method.master else size(p) for p in trained]
+        need["adapters"] = sum(moved) if method.lora else 0
+        need["fp32 copies"] = sum(4*p.numel() for p in trained if p.dtype != torch.float32) if method.master and not method.lora else 0
+        need["gradients"], need["AdamW"] = sum(moved), 2*sum(moved) + 4*len(moved)  # two moments, and a counter for each tensor
     need |= method.holds(mllm)
     return need | dict(total=sum(need.values()))
 
