@@ -187,7 +187,7 @@ class MLLM:
         return found
 
     def checkpoint(self):
-        "Compute activations again in the backward pass instead of keeping them, in training mode; copies do so, too."
+        "Compute activations again in the backward pass instead of keeping them, in training mode or in `without_dropout`; copies do so, too."
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
 
 def _rounding(quantize: str, dtype: torch.dtype) -> BitsAndBytesConfig:

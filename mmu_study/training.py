@@ -21,7 +21,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set
 from datasets import Dataset, concatenate_datasets
 from tqdm import tqdm
 
-from .batches import IGNORE, answer_log_probs, ask, conversations, cross_entropy, encode, length_batches, lengths, rows
+from .batches import IGNORE, answer_log_probs, ask, conversations, cross_entropy, encode, labelled, length_batches, lengths, rows
 from .faceworld import ATTRIBUTES, LOOKS, SCENE, Faceworld
 from .models import MLLM, PART_NAMES, TinyLlava, tiny_llava, with_lora
 from .records import MODALITIES, Split, table, where
@@ -174,12 +174,7 @@ def share_of(
     return mine
 
 def _batch(mllm: MLLM, records: Dataset, talks: list[tuple[np.ndarray, bool]], loss_on: str) -> dict[str, torch.Tensor]:
-    batch = encode(mllm, [rows(records, t) for t, _ in talks])
-    if loss_on == "all":
-        real = batch["attention_mask"].bool()
-        follows = real & real.roll(1, 1)  # the first token of a text is predicted by nothing
-        follows[:, 0] = False
-        batch["labels"] = batch["input_ids"].where(follows, IGNORE)
+    batch = labelled(encode(mllm, [rows(records, t) for t, _ in talks]), loss_on)
     for i, (_, counts) in enumerate(talks):
         if not counts: batch["labels"][i, :-1] = IGNORE  # the last label stays for the shape; its loss is left out
     return batch

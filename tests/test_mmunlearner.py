@@ -1,5 +1,5 @@
 "MMUnlearner against plain loops and hand-computed numbers: saliency, mask, step, files and refusals."
-import inspect, json, math, subprocess, sys
+import copy, inspect, json, math, subprocess, sys
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +12,7 @@ from mmu_study.faceworld import Faceworld
 from mmu_study.methods import mmunlearner
 from mmu_study.methods.mmunlearner import Mask, MMUnlearner, as_many, groups_of, labelled, pack, ratio_mask, saliency, unpack
 from mmu_study.methods.unlearning import Batch, get
-from mmu_study.models import TinyLlava, TinyQwen2VL, tiny_llava, tiny_qwen2_vl
+from mmu_study.models import MLLM, TinyLlava, TinyQwen2VL, tiny_llava, tiny_qwen2_vl
 from mmu_study.records import ForgetRequest, where
 from mmu_study.settings import InputError
 from mmu_study.training import Diverged, Recipe, finetune
@@ -335,7 +335,10 @@ def test_a_mask_of_something_else_is_refused(mllm, request_, tmp_path):
     other = mllm.copy()
     with torch.no_grad(): other.model.lm_head.weight[0, 0] += 1e-3
     refused = lambda words: pytest.raises(InputError, match=rf"^The mask in .* was made from other {words} than this run has; [^.]*\.$")
-    with refused("weights"): method.unlearn(other, request_)
+    with refused("model"): method.unlearn(other, request_)
+    reads_otherwise = MLLM(mllm.model, copy.deepcopy(mllm.processor))
+    reads_otherwise.processor.image_processor.image_mean = [.1, .2, .3]
+    with refused("model"): method.unlearn(reads_otherwise, request_)
     with refused("beta"): replace(method, beta=2.).unlearn(mllm, request_)
     with refused("scope"): replace(method, scope="vision").unlearn(mllm, request_)
     with refused("preserve"): replace(method, preserve=("retain vqa",)).unlearn(mllm, request_)

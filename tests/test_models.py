@@ -11,7 +11,7 @@ from mmu_study.batches import IGNORE, answer_log_probs, ask, encode, rows
 from mmu_study.evaluation import mean_log_probs
 from mmu_study.faceworld import Faceworld
 from mmu_study.methods import baselines, manu, mmunlearner, null_space_cvf  # registers them
-from mmu_study.methods.unlearning import get, memory_need, on_paper
+from mmu_study.methods.unlearning import get, memory_need, on_paper, without_dropout
 from mmu_study.models import MLLM, PART_NAMES, PARTS, lora_layers, tiny, with_lora
 from mmu_study.records import ForgetRequest, where
 from mmu_study.settings import InputError
@@ -202,21 +202,45 @@ def test_a_device_map_is_passed_through(folder, models):
     mllm = MLLM.load(folder, device_map="cpu")
     assert torch.equal(logits(mllm, batch := encode(mllm, [question()])), logits(models("llava"), batch))
 
+CHECKPOINTED = {  # method and overrides, and forward passes that take a gradient
+    "GradDiff": ("GradDiff", {}, 2*2), "saliency": ("MMUnlearner", dict(steps=0, check=False), 4), "taylor": ("MANU", dict(rank_by="taylor", batch_size=4), 4), "CVFNCU": ("CVFNCU", {}, 2)}
+
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "idefics2"])
-def test_checkpointing_is_honoured_and_changes_nothing(models, request_, family, tmp_path, monkeypatch):
-    from torch.utils import checkpoint
-    import mmu_study.models, transformers.modeling_utils as utils
+@pytest.mark.parametrize("name", CHECKPOINTED)
+def test_checkpointing_is_honoured_and_changes_nothing(models, request_, family, name, tmp_path, monkeypatch):
+    import transformers.modeling_utils as utils
     called, plain = [], utils.checkpoint
     monkeypatch.setattr(utils, "checkpoint", lambda *a, **k: (called.append(1), plain(*a, **k))[1])
     mllm = MLLM.load(models(family).save(tmp_path/"x"), checkpointing=True)
-    once = method("GradDiff").unlearn(models(family), request_)
+    name, fields, forwards = CHECKPOINTED[name]
+    once = method(name, **fields).unlearn(models(family), request_)
     assert not called
-    again = method("GradDiff").unlearn(mllm, request_)
-    assert len(called) >= 2*2*2  # steps × (forget and retain) × layers of the language model
+    again = method(name, **fields).unlearn(mllm, request_)
+    assert len(called) >= 2*forwards  # of two layers
     assert all(torch.allclose(p, q, atol=1e-5) for p, q in zip(once.mllm.model.parameters(), again.mllm.model.parameters()))
+    if fields.get("steps") == 0: assert again.diagnostics["mask"]["groups"] == pytest.approx(once.diagnostics["mask"]["groups"], abs=.01)
     called.clear()
     logits(mllm, encode(mllm, [question()]))
-    assert not called
+    assert not called and not any(m.training for m in mllm.model.modules())
+
+def test_without_dropout_nothing_is_dropped_also_where_activations_are_computed_twice(models):
+    noisy, batch = models("llava").copy(), encode(models("llava"), [question()])
+    for layer in noisy.model.model.language_model.layers: layer.self_attn.attention_dropout = .5
+    noisy.checkpoint(); noisy.model.train(); noisy.model.lm_head.eval()
+    before, expected = [m.training for m in noisy.model.modules()], logits(models("llava"), batch)
+    assert not torch.equal(logits(noisy, batch), expected)
+    with without_dropout(noisy): assert torch.equal(logits(noisy, batch), expected)
+    assert before == [m.training for m in noisy.model.modules()]
+    noisy.model.model.language_model.layers[0].dropout = .1  # as in layers that drop their own output
+    with pytest.raises(InputError, match="^LlamaDecoderLayer drops 0.1 of its activations"), without_dropout(noisy): pass
+
+def test_lora_next_to_rounded_weights(models, request_):
+    mllm = models("llava").copy()
+    mllm.model.model.language_model.norm.register_parameter("rounded", torch.nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False))
+    done = method("GradDiff", lora=2).unlearn(mllm, request_)
+    assert done.diagnostics["update_norm"]["language"] > 0 and {p.requires_grad for n, p in done.mllm.model.named_parameters() if "rounded" not in n} == {True}
+    moved = sum(int((p != dict(mllm.model.named_parameters())[n]).sum()) for n, p in done.mllm.model.named_parameters())
+    assert done.diagnostics["changed_share"] == moved/sum(p.numel() for n, p in mllm.model.named_parameters() if "rounded" not in n)
 
 def test_bf16_weights_are_moved_as_fp32(models, request_):
     "A step of 1e-5 is smaller than the distance of two bf16 numbers; a hundred of them are not."
@@ -284,7 +308,7 @@ def test_fine_tuning_in_bf16_moves_fp32_copies_and_goes_on_exactly(models, taugh
 
 # Memory
 
-FIT = dict(GradDiff=method("GradDiff"), LoRA=method("GradDiff", lora=4), MMUnlearner=method("MMUnlearner"), CVFNCU=method("CVFNCU"))
+FIT = dict(GradDiff=method("GradDiff"), LoRA=method("GradDiff", lora=4), MMUnlearner=method("MMUnlearner"), bare=method("MMUnlearner", master=False), CVFNCU=method("CVFNCU"))
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", FIT)
@@ -306,7 +330,7 @@ def test_memory_is_what_the_tensors_take(models, request_, name, dtype, monkeypa
     low = seen["low"]
     copies, adapters = bytes_of(w for n, w in work.weights.items() if n in low), bytes_of(work.weights.values())
     if name == "LoRA": assert (need["adapters"], need["fp32 copies"]) == (adapters, 0) and not low
-    if name == "MMUnlearner": assert need["mask"] == sum(len(b) for b in work.prepared.bits.values())
+    if name in ("MMUnlearner", "bare"): assert need["mask"] == sum(len(b) for b in work.prepared.bits.values())
     if name == "CVFNCU":  # layers that nobody reads are counted, too
         unread = [n for n in chosen.trained(mllm) if n not in work.prepared.layers]
         assert unread and all("layers.1." in n for n in unread)
@@ -317,7 +341,8 @@ def test_memory_is_what_the_tensors_take(models, request_, name, dtype, monkeypa
         state = bytes_of(t for t in seen["moved"])*2 + 4*len(seen["moved"])
         unread = [w for n, w in work.weights.items() if "vision_tower.encoder.layers.1." in n or "post_layernorm" in n]  # of a LLaVA; what no gradient reaches has no state
         assert need["AdamW"] == state and need["gradients"] == bytes_of(seen["moved"]) and need["fp32 copies"] == copies
-        assert unread and need["AdamW"] - seen["AdamW"] == sum(8*w.numel() + 4 for w in unread)
+        assert unread and need["AdamW"] - seen["AdamW"] == sum(2*bytes_of([w]) + 4 for w in unread)
+        if name == "bare": assert not low and {w.dtype for w in seen["moved"]} == {dtype}
 
 def test_memory_of_a_model_that_is_only_a_configuration():
     paper = on_paper(LlavaConfig())

@@ -108,6 +108,9 @@ def test_either_basis_gives_the_same_projection():
     dW = rand(3, 8, seed=1)
     assert torch.allclose(NullSpace(U[:, :3], True, 0., 0.).project(dW), NullSpace(U[:, 3:], False, 0., 0.).project(dW), atol=1e-12)
 
+def test_a_basis_does_not_hold_all_eigenvectors():
+    for rank in (2, 6): assert (basis := cvf.null_space(torch.eye(8), "share", rank/8).basis).untyped_storage().nbytes() == 4*basis.numel() == 4*8*2
+
 def test_room_and_drift_by_hand():
     space = cvf.null_space(torch.diag(torch.tensor([1., 2, 97], dtype=torch.float64)), "tail", .05)  # the first two
     C_forget = torch.tensor([[3., 1, 5], [1, 2, 0], [5, 0, 15]], dtype=torch.float64)

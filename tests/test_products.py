@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers.normalizers import Lowercase
 
 from mmu_study import settings
 from mmu_study.batches import ask
@@ -75,9 +76,22 @@ def test_the_key_holds_how_a_model_reads(mllm, request_, tmp_path):
     one.processor(text=["a", "b c"], padding=True)  # what a tokenizer remembers of its last call is no part of it
     make(one)
     assert kept(tmp_path) == ["x"]
-    other = MLLM.load(tmp_path/".saved")
-    other.processor.image_processor.image_mean = [.1, .2, .3]
-    make(other)
+    def reads(m): m.processor.image_processor.image_mean = [.1, .2, .3]
+    def ends(m): m.tokenizer.eos_token = "<pad>"
+    def lowers(m): m.tokenizer.backend_tokenizer.normalizer = Lowercase()
+    def writes(m): m.model.generation_config.repetition_penalty = 1.5
+    for n, change in enumerate((reads, ends, lowers, writes), 2):
+        change(other := MLLM.load(tmp_path/".saved"))
+        make(other)
+        assert kept(tmp_path) == ["x"]*n, change.__name__
+
+@pytest.mark.parametrize("what", [(torch, "get_num_threads", lambda: 99), (torch, "__version__", "9.0.0"), (unlearning.transformers, "__version__", "9.0.0"), (unlearning, "_source", lambda: "changed")], ids=lambda w: w[1])
+def test_the_key_holds_what_the_last_bits_depend_on(tmp_path, monkeypatch, what):
+    make = lambda: shared(str(tmp_path), "x", dict(seed=0), lambda: (dict(w=torch.ones(1)), None), CPU)
+    make(); make()
+    assert kept(tmp_path) == ["x"]
+    monkeypatch.setattr(*what)
+    make()
     assert kept(tmp_path) == ["x", "x"]
 
 def test_a_picture_is_told_apart_by_what_is_in_its_file(request_, tmp_path):

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..batches import answer_log_probs, encode, lengths, rows, tokenized
-from .unlearning import NOT_NEGATIVE, POSITIVE, Method, Unlearned, check_watch, diagnose, peak_bytes, private_rng, register, shared
+from .unlearning import NOT_NEGATIVE, POSITIVE, Method, Unlearned, check_watch, diagnose, peak_bytes, private_rng, register, shared, without_dropout
 from ..models import MLLM
 from ..records import MODALITIES, column, where
 from ..settings import InputError, atomic_file
@@ -330,9 +330,11 @@ def taylor(
         of = order[column(records, "modality").to_numpy()[order] == modality]
         for i in range(0, len(of), size):
             batch, seen = encode(mllm, rows(records, of[i:i + size])), {}
-            with torch.enable_grad(), reading(mllm, sites, lambda s, z: seen.update({s: z})): log_probs, is_answer = answer_log_probs(mllm, batch)
-            loss = -(log_probs.sum(1)/is_answer.sum(1)).sum()  # every record's own loss, so its neurons get its own gradient
-            for (s, z), g in zip(seen.items(), torch.autograd.grad(loss, [*seen.values()])): total[s] += _sequences(mllm, s, (z.detach()*g).float(), batch)[0].sum(1).abs().double().sum(0)
+            with without_dropout(mllm):
+                with torch.enable_grad(), reading(mllm, sites, lambda s, z: seen.update({s: z})): log_probs, is_answer = answer_log_probs(mllm, batch)
+                loss = -(log_probs.sum(1)/is_answer.sum(1)).sum()  # every record's own loss, so its neurons get its own gradient
+                gradients = torch.autograd.grad(loss, [*seen.values()])
+            for (s, z), g in zip(seen.items(), gradients): total[s] += _sequences(mllm, s, (z.detach()*g).float(), batch)[0].sum(1).abs().double().sum(0)
     return {s: t/len(records) for s, t in total.items()}
 
 def weight_norms(mllm: MLLM, sites: list[Site]) -> dict[Site, torch.Tensor]:  # [H]

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from ..batches import answer_log_probs, cross_entropy, encode, rows, tokenized
 from ..evaluation import has_words, letter_of, replies
 from .baselines import ga_loss
-from .unlearning import NOT_NEGATIVE, POSITIVE, Batch, GradientMethod, passes, register, shared
+from .unlearning import NOT_NEGATIVE, POSITIVE, Batch, GradientMethod, passes, register, shared, without_dropout
 from ..models import MLLM, PARTS
 from ..records import table, where
 from ..settings import InputError, atomic_file
@@ -230,7 +230,7 @@ def null_space(
     "The directions of least retained energy."
     eigenvalues, U = known or spectrum(C)
     k, d = int(NULL_RULES[rule](eigenvalues, threshold)), len(C)
-    return NullSpace(U[:, :k] if k <= d/2 else U[:, k:], k <= d/2, k/d, float(eigenvalues[:k].sum()/eigenvalues.sum()))
+    return NullSpace((U[:, :k] if k <= d/2 else U[:, k:]).clone(), k <= d/2, k/d, float(eigenvalues[:k].sum()/eigenvalues.sum()))
 
 def drift(dW: torch.Tensor, W0: torch.Tensor, C: torch.Tensor) -> float:
     "δ: root mean square change of a layer's output on the inputs that C was taken over, relative to the output."
@@ -415,6 +415,7 @@ class CVFNCU(GradientMethod):
         return [f"{n}.weight" for part in self.parts or ("vision", "projector", "language") for n, m in mllm.model.named_modules() if isinstance(m, torch.nn.Linear) and f"{n}.weight" in {*mllm.parts[part]} and m is not mllm.model.get_output_embeddings()]
 
     def holds(self, mllm):
+        "Features of pictures, whose number is not known here, and the spectra that null spaces are cut from are not counted."
         names = [n for n in self.trained(mllm) if n not in {*mllm.parts["language"]}]
         named, together = dict(mllm.model.named_parameters()), lambda n: re.sub(r"\.(?:(?:[qkv])_proj|(gate|up)_proj)\.weight$", lambda m: f".{bool(m[1])}", n)
         inputs = {together(n): named[n].shape[1] for n in names}  # query, key and value read the same
@@ -508,7 +509,6 @@ class CVFNCU(GradientMethod):
             yield Batch(index, encode(work.mllm, rows(records, [rng.choice(pictures.records[i]) for i in index])) if answers else pictures.batch(work.mllm, index))
 
     def loss(self, work, forget, retain):
-        work.mllm.model.eval()  # no dropout: features are compared with some from before
         p, loss, logged = work.prepared, 0., {}
         if self.objective == "contrast":
             now = visual_features(work.mllm, forget.tensors)
@@ -538,7 +538,7 @@ class CVFNCU(GradientMethod):
         return sum(feature_distance(now[l], [features[l][i].to(work.mllm.device) for i in index]) for l in self.levels)
 
     def backward(self, work, forget, retain):
-        loss, logged = super().backward(work, forget, retain)
+        with without_dropout(work.mllm): loss, logged = super().backward(work, forget, retain)  # features are compared with some from before
         if self.ncu == "gradient":
             for n, layer in work.prepared.layers.items(): layer.weight.grad.copy_(work.prepared.spaces[work.prepared.reads[n]].project(layer.weight.grad.float()))
         return loss, logged
