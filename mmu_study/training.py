@@ -276,7 +276,7 @@ def finetune(
             if checkpoint and len(log) % every == 0 and len(log) < len(order): _checkpoint(accelerator, Path(checkpoint), log)
     _whole(accelerator, wrapped, mllm)
     if lora: mllm.model = lora.merge_and_unload()
-    mllm.model.eval().requires_grad_(True)
+    for p in mllm.model.eval().parameters(): p.requires_grad_(p.is_floating_point())  # `quantize` rounds to integers, which carry no gradient
     accelerator.free_memory()
     return pd.DataFrame(log)
 

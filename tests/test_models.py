@@ -282,6 +282,13 @@ def test_fine_tuning_in_bf16_moves_fp32_copies_and_goes_on_exactly(models, taugh
     assert all(torch.equal(p, q) for p, q in zip(once.model.parameters(), again.model.parameters()))
     assert not all(torch.equal(p, q) for p, q in zip(once.model.parameters(), low.model.parameters()))
 
+def test_lora_on_a_model_with_rounded_weights(models, taught):
+    own = models("llava").copy()
+    layer = own.model.model.vision_tower.encoder.layers[1].mlp.fc1  # of the vision tower, which text does not reach
+    layer.weight = torch.nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)  # as bitsandbytes holds them
+    finetune(own, where(taught, modality="qa"), Tuning(lr=1e-3, epochs=1, batch_size=4, lora=2), progress=False)
+    assert all(p.requires_grad == p.is_floating_point() for p in own.model.parameters()) and not layer.weight.is_floating_point()
+
 # Memory
 
 FIT = dict(GradDiff=method("GradDiff"), LoRA=method("GradDiff", lora=4), MMUnlearner=method("MMUnlearner"), CVFNCU=method("CVFNCU"))
