@@ -187,7 +187,7 @@ def _batch(mllm: MLLM, records: Dataset, talks: list[tuple[np.ndarray, bool]], l
 def _accelerator(mllm: MLLM) -> Accelerator:
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     more = {} if alone else dict(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])  # a batch of texts does not reach the vision tower
-    return Accelerator(cpu=mllm.device.type == "cpu", **more)
+    return Accelerator(cpu=mllm.device.type == "cpu", device_placement=not alone, **more)  # one process leaves the model where it is: its own device would be the first GPU
 
 def _checkpoint(accelerator: Accelerator, folder: Path, log: list[dict]):
     "Every process writes its share into one folder, which takes its place when all are done."

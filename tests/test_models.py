@@ -334,7 +334,13 @@ def test_memory_of_a_model_that_is_only_a_configuration():
     language = sum(p.numel() for _, p in paper.parameters("language"))
     assert need["model"] == 2*7_062_902_784 and need["AdamW"] == 8*language + 4*len(paper.parts["language"]) and need["fp32 copies"] == need["gradients"] == 4*language
 
-# Several processes
+# One process and several
+
+def test_one_process_leaves_the_model_where_it_is(folder):
+    mllm = MLLM.load(folder, device_map={"": "meta"})
+    mllm.model.hf_device_map = None  # as if moved there by hand, such as to the second GPU
+    accelerator = training._accelerator(mllm)
+    assert accelerator.device.type != "meta" == accelerator.prepare(mllm.model).device.type
 
 def test_shares_cover_a_batch_and_go_through_the_same_layers():
     pictured = torch.tensor([True, True, True, False, False, False, False]).numpy()
