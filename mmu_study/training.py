@@ -285,7 +285,7 @@ TUNINGS = dict(
     mllmu=Tuning(  # franciscoliu/MLLMU-Bench @ 0e3098e, finetune.py and README
         lr=2e-5, epochs=5, batch_size=4,  # README: "lr 2e-5", 5 epochs, batch 4 (defaults of the arguments: 5e-4, 5 epochs)
         lora=16, alpha=16, dropout=.05, gaussian=True,  # LoraConfig: r 16, alpha 16, dropout .05, gaussian
-        lora_on=("language", "vision:q_proj", "vision:k_proj", "vision:v_proj"),  # what its suffixes match in a LLaVA; measured there
+        lora_on=("language", "vision:q_proj", "vision:k_proj", "vision:v_proj"),  # what its suffixes match in a LLaVA; measured there; refused where vision has other layers, as in a Qwen2-VL: --set 'lora_on=[language, vision:qkv]'
         modalities=("vqa",),  # ft_Data: every pair has a picture
         loss_on="all", schedule="linear",  # labels are the input with padding masked; linear schedule without warm-up
         weight_decay=.01),  # default of torch's AdamW; ours, since the code's own value was not seen

@@ -8,6 +8,7 @@ from transformers import LlavaConfig
 
 from mmu_study import training
 from mmu_study.batches import IGNORE, answer_log_probs, ask, encode, rows
+from mmu_study.cli import _changes
 from mmu_study.evaluation import mean_log_probs
 from mmu_study.faceworld import Faceworld
 from mmu_study.methods import baselines, manu, mmunlearner, null_space_cvf  # registers them
@@ -92,6 +93,13 @@ def test_lora_on_single_layers_of_a_part(models):
     found = lora_layers(models("llava"), ("language", "vision:q_proj"))
     assert {n for n in found if "vision" in n} == {f"model.vision_tower.encoder.layers.{i}.self_attn.q_proj" for i in (0, 1)}
     assert len(found) == 2 + 2*7 and lora_layers(models("llava"), ("language:v_proj",)) == [f"model.language_model.layers.{i}.self_attn.v_proj" for i in (0, 1)]
+
+def test_a_layer_that_is_not_there(models):
+    "MLLMU-Bench's preset names layers of LLaVA's vision tower; a Qwen2-VL has query, key and value in one, to be named with --set."
+    mllm, preset = models("qwen2_vl"), TUNINGS["mllmu"]
+    with pytest.raises(InputError, match="^There is no linear layer 'q_proj' for LoRA in the vision part of this qwen2_vl model, which has fc1, fc2, proj, qkv.$"): lora_layers(mllm, preset.lora_on)
+    named = replace(preset, **_changes(Tuning, ["lora_on=[language, vision:qkv]"]))
+    assert [n for n in lora_layers(mllm, named.lora_on) if "visual" in n] == [f"model.visual.blocks.{i}.attn.qkv" for i in (0, 1)]
 
 # Methods
 
