@@ -92,6 +92,7 @@ class Tuning:
         for name, allowed in dict(loss_on=("answer", "all"), schedule=("linear", "cosine")).items():
             if getattr(self, name) not in allowed: raise InputError(f"{name} of a tuning is {getattr(self, name)!r}; it must be {' or '.join(allowed)}.")
         if min(self.lr, self.epochs, self.batch_size, self.accumulation) <= 0: raise InputError(f"lr, epochs, batch_size and accumulation must be positive; got {self.lr}, {self.epochs}, {self.batch_size} and {self.accumulation}.")
+        if self.lora and (both := {*self.parts} & {entry.partition(":")[0] for entry in self.lora_on or PART_NAMES}): raise InputError(f"{', '.join(sorted(both))} is trained in full (parts) and has adapters (lora_on); name it in one of the two.")
         if wrong := {*self.parts} - {*PART_NAMES} | {*self.modalities} - {*MODALITIES}: raise InputError(f"There is no part or modality {', '.join(sorted(wrong))}.")
 
     def orders(self, records: Dataset) -> list[list[list[np.ndarray]]]:

@@ -272,6 +272,7 @@ def test_bad_tunings(taught):
     with pytest.raises(InputError, match="it must be answer or all"): Tuning(lr=1, epochs=1, batch_size=1, loss_on="prompt")
     with pytest.raises(InputError, match="must be positive"): Tuning(lr=1, epochs=0, batch_size=1)
     with pytest.raises(InputError, match="no part or modality audio"): Tuning(lr=1, epochs=1, batch_size=1, modalities=("audio",))
+    with pytest.raises(InputError, match="^language is trained in full .parts. and has adapters .lora_on.; name it in one of the two.$"): Tuning(lr=1, epochs=1, batch_size=1, lora=2, lora_on=("language:q_proj",), parts=("projector", "language"))
     with pytest.raises(InputError, match="learns from vqa records"): Tuning(lr=1, epochs=1, batch_size=1, modalities=("vqa",)).orders(where(taught, modality="qa"))
 
 def test_fine_tuning_in_bf16_moves_fp32_copies_and_goes_on_exactly(models, taught, tmp_path):
