@@ -218,7 +218,7 @@ def _whole(accelerator: Accelerator, wrapped, mllm: MLLM):
         kind = next(c for c in type(model).__mro__ if c.__module__.startswith("transformers."))  # sharding puts a class of its own in front
         whole = kind.from_pretrained(None, config=model.config, state_dict={n: w.cpu() for n, w in state.items()}, dtype=model.dtype)
         whole.generation_config = model.generation_config
-        mllm.model = whole
+        mllm.model = MLLM(whole, mllm.processor).model  # with its hook, if it is a Qwen
 
 def finetune(
     mllm: MLLM,  # changed in place

@@ -1,8 +1,10 @@
 "Every family, tiny: parts, prompts, labels, LoRA by path, methods, saving; loading with what can go wrong; fine-tuning recipes; memory."
 import json, os, shutil, socket, subprocess, sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest, torch
+from accelerate.utils import DistributedType
 from PIL import Image
 from transformers import LlavaConfig
 
@@ -13,7 +15,7 @@ from mmu_study.evaluation import mean_log_probs
 from mmu_study.faceworld import Faceworld
 from mmu_study.methods import baselines, manu, mmunlearner, null_space_cvf  # registers them
 from mmu_study.methods.unlearning import get, memory_need, on_paper
-from mmu_study.models import MLLM, PART_NAMES, PARTS, lora_layers, tiny, with_lora
+from mmu_study.models import MLLM, PART_NAMES, PARTS, _positions, lora_layers, tiny, with_lora
 from mmu_study.records import ForgetRequest, where
 from mmu_study.settings import InputError
 from mmu_study.training import TUNINGS, Tuning, finetune, share_of
@@ -359,6 +361,12 @@ def test_shares_cover_a_batch_and_go_through_the_same_layers():
         assert sorted(t[0] for s in shares for t, counts in s if counts) == [*range(7)]
         assert all({bool(pictured[t[0]]) for t, _ in s} == {True, False} for s in shares)
     assert share_of([[3]], pictured, 1, 2) == [([3], False)]
+
+def test_a_sharded_qwen_is_a_qwen_again(models):
+    mllm = models("qwen2_vl").copy()
+    sharded = mllm.model
+    training._whole(SimpleNamespace(distributed_type=DistributedType.FSDP, is_main_process=True, get_state_dict=lambda m: m.state_dict()), sharded, mllm)
+    assert mllm.model is not sharded and _positions in mllm.model.model._forward_pre_hooks.values()
 
 WORKER = """
 import os, sys
