@@ -94,7 +94,7 @@ def _benchmark(text: str, forget_pct: float, forget_seed: int, options=(), gener
     from mmu_study.benchmarks import BENCHMARKS, load_benchmark
     from mmu_study.faceworld import PRESETS, Faceworld
     name, _, source = text.partition(":")
-    if Path(text).is_dir(): name, source = "folder" if (Path(text)/"people.csv").is_file() else "mllmu", text
+    if text not in PRESETS and Path(text).is_dir(): name, source = "folder" if (Path(text)/"people.csv").is_file() else "mllmu", text
     given = {n: read_value(v, None) for n, v in _pairs("--option", options, "NAME=VALUE, such as released=true").items()}
     if name in BENCHMARKS and source:
         known = signature(BENCHMARKS[name].read).parameters
@@ -209,7 +209,7 @@ def _positive(kind):
 _GRID = [("grid", dict(metavar="GRID", help="a grid file, or the name of one in data/grids")), ("--preset", dict(metavar="NAME", help="one of the presets in the file")),
     ("--gpus", dict(type=_positive(int), metavar="N", help="GPUs of each run, instead of what the file says; with several, a notebook that uses accelerate has as many processes"))]
 _CHECKPOINT = [("--model", dict(required=True, metavar="DIR_OR_HUB", help="folder or hub id of the checkpoint")),
-    ("--benchmark", dict(required=True, metavar="NAME_OR_DIR", help="folder in the schema of MLLMU-Bench or with a people.csv, NAME:SOURCE (mllmu:MLLMMU/MLLMU-Bench), or a size of the embedded world"))]
+    ("--benchmark", dict(required=True, metavar="NAME_OR_DIR", help="folder in the schema of MLLMU-Bench or with a people.csv, NAME:SOURCE (mllmu:MLLMMU/MLLMU-Bench), or a size of the embedded world (a folder of that name: ./quick)"))]
 _SPLIT = [("--forget-pct", dict(type=_positive(float), default=10., metavar="PCT", help="per cent of the people to forget (default: 10)")),
     ("--forget-seed", dict(type=int, default=0, metavar="N", help="another choice of them, where they are drawn (default: 0)")),
     ("--option", dict(dest="options", action="append", default=[], metavar="NAME=VALUE", help="of the benchmark's reader, such as released=true, or forget='[Ada Abel]' for people of your own; again for each")),

@@ -12,6 +12,7 @@ from mmu_study.batches import ask
 from mmu_study.benchmarks import write_miniature
 from mmu_study.faceworld import Faceworld
 from mmu_study.models import MLLM, TinyLlava, tiny_llava
+from mmu_study.settings import InputError
 from stub import grid_file, notebook, run
 
 COMMANDS = [function.__name__ for function in cli._COMMANDS]
@@ -119,6 +120,11 @@ def test_ones_own_checkpoint_is_unlearned_and_scored(tmp_path, said, checkpoint,
     code, out, _ = said("evaluate", "--model", "new", "--benchmark", f"mllmu:{benchmark}", "--per-fact", 1, "--out", "scores.parquet")
     scores = pd.read_parquet("scores.parquet")
     assert code == 0 and {"forget", "test", "retain", "real"} == set(scores.role) and all(role in out for role in set(scores.role))
+
+def test_a_folder_does_not_stand_for_a_world_of_its_name(tmp_path):
+    (tmp_path/"smoke").mkdir()
+    assert len(cli._benchmark("smoke", 25., 0).forget_entities) == 3
+    with pytest.raises(InputError, match="has no parquet files"): cli._benchmark("./smoke", 10., 0)
 
 def test_people_of_ones_own_by_name_and_general_questions(tmp_path, said, checkpoint):
     people, pope = write_miniature("folder", tmp_path/"people"), write_miniature("pope", tmp_path/"pope")
