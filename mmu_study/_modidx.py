@@ -138,6 +138,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'mmu_study.cli._register': ('runs/cli.html#_register', 'mmu_study/cli.py'),
                                'mmu_study.cli._report': ('runs/cli.html#_report', 'mmu_study/cli.py'),
                                'mmu_study.cli._study': ('runs/cli.html#_study', 'mmu_study/cli.py'),
+                               'mmu_study.cli._unfinished': ('runs/cli.html#_unfinished', 'mmu_study/cli.py'),
                                'mmu_study.cli.build': ('runs/cli.html#build', 'mmu_study/cli.py'),
                                'mmu_study.cli.collect': ('runs/cli.html#collect', 'mmu_study/cli.py'),
                                'mmu_study.cli.evaluate': ('runs/cli.html#evaluate', 'mmu_study/cli.py'),

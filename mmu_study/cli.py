@@ -15,7 +15,7 @@ from pkgutil import iter_modules
 from threading import current_thread, main_thread
 
 from .runs import Parameter, RunFailed, fill_in, parameters_of, read_value
-from .settings import InputError, atomic_dir, atomic_file, path_of, root, write_json
+from .settings import InputError, atomic_dir, atomic_file, key_of, path_of, root, write_json
 from .sweeps import EXECUTORS, Grid, collect as collect_grid, commands, grid_of, load_grid, status as status_of, sweep as sweep_grid, total
 
 # %% ../nbs/runs/33_cli.ipynb #50010601
@@ -138,20 +138,26 @@ def methods() -> int:
     print(sees_table().map(lambda seen: "yes" if seen else "-").to_string())
     return 0
 
+def _unfinished(out: Path, model, dtype: str, records, tuning) -> Path:
+    "Where the checkpoints of a fine-tuning are: another folder for other weights, records, ways or code."
+    import mmu_study
+    from mmu_study.methods.unlearning import digest_of_records
+    weights = [[p.name, (s := p.stat()).st_size, s.st_mtime_ns] for p in sorted(Path(model).glob("*.safetensors"))]  # none for a hub id
+    return out.with_name(f"{out.name}.{key_of(str(model), weights, dtype, digest_of_records(records), tuning, mmu_study.__version__)}.training")
+
 def finetune(model, benchmark, preset, out, changes=(), retain_only=False, every=200, checkpointing=False, forget_pct=10., forget_seed=0, dtype="float32", device=None, options=(), general=()) -> int:
     "Teach a checkpoint the people of a benchmark, as the benchmark's repository does. Started again, it goes on at its last checkpoint; `accelerate launch -m mmu_study.cli finetune` uses several GPUs."
     from dataclasses import asdict, replace
     from accelerate import PartialState
     from mmu_study.records import where
     from mmu_study.runs import provenance
-    from mmu_study.settings import key_of
     from mmu_study.training import TUNINGS, Diverged, Tuning, finetune as train
     if (out := Path(out)).exists(): raise InputError(f"{out} exists; name a folder that does not.")
     if preset not in TUNINGS: raise InputError(f"There is no preset {preset!r} for fine-tuning; there are {', '.join(TUNINGS)}.")
     tuning, split = replace(TUNINGS[preset], **_changes(Tuning, changes)), _benchmark(benchmark, forget_pct, forget_seed, options, general)
     records = where(split.role(*(["retain"] if retain_only else ["forget", "retain"]), fold="train"), kind="identity")
     tuning.orders(records)  # refuses what it cannot learn from before any weights are read
-    left = out.with_name(f"{out.name}.{key_of(str(model), benchmark, tuning, retain_only, forget_pct, forget_seed, dtype, list(options), list(general))}.training")
+    left = _unfinished(out, model, dtype, records, tuning)
     mllm = _model(model, dtype, device, checkpointing=checkpointing)
     try: log = train(mllm, records, tuning, desc=preset, checkpoint=left, every=every, progress=sys.stderr.isatty())
     except Diverged as e: raise RunFailed(str(e)) from None

@@ -1,5 +1,5 @@
 "The command `mmu-study`: every --help reads, every bad input is one sentence and exit code 2, and one's own checkpoint goes in and comes out."
-import json, re, signal, subprocess, sys, tomllib
+import json, os, re, shutil, signal, subprocess, sys, tomllib
 from pathlib import Path
 
 import pandas as pd
@@ -152,6 +152,21 @@ def test_ones_own_checkpoint_is_fine_tuned_and_goes_on_where_it_stopped(tmp_path
         assert said(*argv("again"))[0] == 130 and not (tmp_path/"again").exists() and list(tmp_path.glob("again.*.training"))
     assert said(*argv("again"))[0] == 0 and not list(tmp_path.glob("again.*.training"))
     assert all(torch.equal(p, after[n]) for n, p in MLLM.load("again").model.named_parameters())
+
+def test_checkpoints_of_other_weights_records_or_code_are_not_gone_on_with(tmp_path, checkpoint, benchmark, monkeypatch):
+    from mmu_study.training import TUNINGS
+    model, records = shutil.copytree(checkpoint, tmp_path/"model"), cli._benchmark(str(benchmark), 10., 0).role("forget", fold="train")
+    name = lambda records=records, dtype="float32", preset="mllmu": cli._unfinished(tmp_path/"new", model, dtype, records, TUNINGS[preset]).name
+    first = name()
+    reworded = records.map(lambda r, i: dict(answer="Nobody.") if i == 0 else r, with_indices=True, keep_in_memory=True)
+    names = [first, name(reworded), name(dtype="bfloat16"), name(preset="clear")]
+    monkeypatch.setattr(mmu_study, "__version__", "0")
+    names.append(name())
+    monkeypatch.undo()
+    os.utime(model/"model.safetensors", (0, 0))
+    assert len({*names, name()}) == 6 and first.startswith("new.") and first.endswith(".training")
+    shutil.copystat(checkpoint/"model.safetensors", model/"model.safetensors")
+    assert name() == first
 
 def test_build_names_what_it_built(said, monkeypatch):
     from mmu_study import training
