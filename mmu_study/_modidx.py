@@ -127,6 +127,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'mmu_study.claims.verdicts': ('core/claims.html#verdicts', 'mmu_study/claims.py')},
             'mmu_study.cli': { 'mmu_study.cli._Parser': ('runs/cli.html#_parser', 'mmu_study/cli.py'),
                                'mmu_study.cli._Parser.error': ('runs/cli.html#_parser.error', 'mmu_study/cli.py'),
+                               'mmu_study.cli._asked': ('runs/cli.html#_asked', 'mmu_study/cli.py'),
                                'mmu_study.cli._benchmark': ('runs/cli.html#_benchmark', 'mmu_study/cli.py'),
                                'mmu_study.cli._changes': ('runs/cli.html#_changes', 'mmu_study/cli.py'),
                                'mmu_study.cli._grid': ('runs/cli.html#_grid', 'mmu_study/cli.py'),

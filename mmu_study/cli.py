@@ -138,6 +138,10 @@ def methods() -> int:
     print(sees_table().map(lambda seen: "yes" if seen else "-").to_string())
     return 0
 
+def _asked(benchmark: str, split, options, general, dtype: str) -> dict:
+    "What a checkpoint's JSON says of the benchmark: what was read, and who is to be forgotten by it, whatever the flags say that it does not draw by."
+    return dict(benchmark=benchmark, options=list(options), general=list(general), dtype=dtype, forget_pct=split.forget_pct, forget_seed=split.seed, forget=list(split.forget_entities))
+
 def _unfinished(out: Path, model, dtype: str, records, tuning) -> Path:
     "Where the checkpoints of a fine-tuning are: another folder for other weights, records, ways or code."
     import mmu_study
@@ -165,7 +169,7 @@ def finetune(model, benchmark, preset, out, changes=(), retain_only=False, every
     with atomic_dir(out) as partial:
         mllm.write(partial)
         log.to_csv(partial/"training_log.csv", index=False)
-        write_json(partial/"finetuned.json", dict(model=str(model), benchmark=benchmark, preset=preset, fields=asdict(tuning), retain_only=retain_only, forget_pct=forget_pct, forget_seed=forget_seed,
+        write_json(partial/"finetuned.json", dict(model=str(model), preset=preset, fields=asdict(tuning), retain_only=retain_only, **_asked(benchmark, split, options, general, dtype),
             records=len(records), steps=len(log), **provenance()))
     shutil.rmtree(left, ignore_errors=True)
     print(f"{out}: {preset}, {len(log)} steps on {len(records)} records; the loss went from {log.loss.iloc[0]:.3g} to {log.loss.iloc[-1]:.3g}")
@@ -184,7 +188,7 @@ def unlearn(model, benchmark, method, out, preset="paper", changes=(), checkpoin
     with atomic_dir(out) as partial:
         done.mllm.write(partial)
         done.log.to_csv(partial/"unlearning_log.csv", index=False)
-        write_json(partial/"unlearned.json", dict(model=str(model), benchmark=benchmark, preset=preset, forget=list(request.entities), forget_pct=forget_pct, forget_seed=forget_seed,
+        write_json(partial/"unlearned.json", dict(model=str(model), preset=preset, **_asked(benchmark, split, options, general, dtype),
             seconds=round(done.seconds, 1), peak_bytes=done.peak_bytes, **done.diagnostics, **provenance()))
     print(f"{out}: {type(chosen).__name__}, {len(done.log)} steps, {done.seconds:.0f} s, {done.peak_bytes/2**30:.1f} GiB at its peak; {len(request.entities)} people forgotten")
     return 0

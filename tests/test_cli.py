@@ -113,6 +113,7 @@ def test_ones_own_checkpoint_is_unlearned_and_scored(tmp_path, said, checkpoint,
     assert code == 0 and re.fullmatch(r"new: GradDiff, 2 steps, \d+ s, [\d.]+ GiB at its peak; 1 people forgotten\n", out), out
     about = json.loads((tmp_path/"new/unlearned.json").read_text())
     assert (about["preset"], about["fields"]["lr"], about["fields"]["parts"], about["steps"], about["version"]) == ("paper", .01, ["language"], 2, mmu_study.__version__)
+    assert (about["benchmark"], about["options"], about["general"], about["dtype"], about["forget_pct"], about["forget_seed"]) == (str(benchmark), [], [], "float32", 10, 0) and about["forget"] == [*cli._benchmark(str(benchmark), 10., 0).forget_entities]
     assert len(pd.read_csv(tmp_path/"new/unlearning_log.csv")) == 2
     before, after = MLLM.load(checkpoint), MLLM.load(tmp_path/"new")
     changed = {part: any(not torch.equal(p, dict(before.model.named_parameters())[n]) for n, p in after.parameters(part)) for part in before.parts}
@@ -135,6 +136,10 @@ def test_people_of_ones_own_by_name_and_general_questions(tmp_path, said, checkp
     assert {*scores.entity[scores.role == "test"]} == {e for e in scores.entity if ada in e} != set() and {*scores.task[scores.role == "test"]} == {"cloze"} and scores.uid[scores.role == "general"].str.startswith("pope/").all()
     drawn = lambda seed: (said("evaluate", "--model", checkpoint, "--benchmark", f"folder:{people}", "--forget-seed", seed, "--option", "tasks=[cloze]", "--per-fact", 1, "--out", "s.parquet"), {*pd.read_parquet("s.parquet").query("role == 'test'").entity})[1]
     assert drawn(0) != drawn(1)
+    code, out, err = said("finetune", "--model", checkpoint, "--benchmark", people, "--option", f"forget=[{ada}]", "--general", f"pope:{pope}", "--preset", "fiubench", "--set", "epochs=1", "--set", "modalities=[vqa, qa]", "--out", "taught")
+    assert code == 0, err
+    about, n = json.loads((tmp_path/"taught/finetuned.json").read_text()), len(pd.read_csv(people/"people.csv"))
+    assert (about["options"], about["general"], about["forget_pct"]) == ([f"forget=[{ada}]"], [f"pope:{pope}"], 100/n) and {*about["forget"]} == {*scores.entity[scores.role == "test"]}
 
 def test_ones_own_checkpoint_is_fine_tuned_and_goes_on_where_it_stopped(tmp_path, said, checkpoint, benchmark, monkeypatch):
     from mmu_study import training
