@@ -155,7 +155,10 @@ def test_ones_own_checkpoint_is_fine_tuned_and_goes_on_where_it_stopped(tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(training, "_checkpoint", stop)
         assert said(*argv("again"))[0] == 130 and not (tmp_path/"again").exists() and list(tmp_path.glob("again.*.training"))
+    done, batch = [], training._batch
+    monkeypatch.setattr(training, "_batch", lambda *a: (done.append(1), batch(*a))[1])
     assert said(*argv("again"))[0] == 0 and not list(tmp_path.glob("again.*.training"))
+    assert len(done) == about["steps"] - 2  # after the first checkpoint
     assert all(torch.equal(p, after[n]) for n, p in MLLM.load("again").model.named_parameters())
 
 def test_checkpoints_of_other_weights_records_or_code_are_not_gone_on_with(tmp_path, checkpoint, benchmark, monkeypatch):

@@ -281,14 +281,16 @@ def test_fine_tuning_in_bf16_moves_fp32_copies_and_goes_on_exactly(models, taugh
     low = models("llava").copy()
     low.model.to(torch.bfloat16)
     tuning = Tuning(lr=1e-3, epochs=2, batch_size=2, parts=("language",))
-    once, stopped = low.copy(), low.copy()
+    once, stopped, done = low.copy(), low.copy(), []
     finetune(once, taught, tuning, progress=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mmu_study.training._checkpoint", lambda a, folder, log, real=training._checkpoint: (real(a, folder, log), (_ for _ in ()).throw(KeyboardInterrupt) if len(log) == 5 else 0))
         with pytest.raises(KeyboardInterrupt): finetune(stopped, taught, tuning, checkpoint=tmp_path/"c", every=5, progress=False)
     again = low.copy()
-    log = finetune(again, taught, tuning, checkpoint=tmp_path/"c", every=5, progress=False)
-    assert len(log) == 8 and {p.dtype for p in again.model.parameters()} == {torch.bfloat16}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "_batch", lambda *a, real=training._batch: (done.append(1), real(*a))[1])
+        log = finetune(again, taught, tuning, checkpoint=tmp_path/"c", every=5, progress=False)
+    assert len(log) == 8 == 5 + len(done) and {p.dtype for p in again.model.parameters()} == {torch.bfloat16}
     assert all(torch.equal(p, q) for p, q in zip(once.model.parameters(), again.model.parameters()))
     assert not all(torch.equal(p, q) for p, q in zip(once.model.parameters(), low.model.parameters()))
 
@@ -383,9 +385,10 @@ if "sharded" in out:  # accelerate shards on GPUs only; this tells it to do so h
         for state in (made.state, PartialState()): state._shared_state["distributed_type"] = DistributedType.FSDP
         return made
     training._accelerator = sharding
-mllm = MLLM.load(folder + "/model")
+mllm, done, batch = MLLM.load(folder + "/model"), [], training._batch
+training._batch = lambda *a: (done.append(1), batch(*a))[1]
 log = training.finetune(mllm, load_from_disk(folder + "/records"), training.Tuning(lr=1e-3, epochs=2, batch_size=3, accumulation=2), checkpoint=out + ".training", every=3, progress=False)
-print("KIND", type(mllm.model).__name__)
+print("KIND", type(mllm.model).__name__, "BATCHES", len(done))
 if PartialState().is_main_process:
     with open(out + ".log", "x") as f: f.write(" ".join(f"{l:.5f}" for l in log.loss))
     mllm.save(out)
@@ -403,12 +406,18 @@ def test_two_processes_end_where_one_does(models, taught, tmp_path):
     running = [start(out, rank, port) for out, port in zip(("replicated", "sharded"), ports) for rank in (0, 1)]
     alone = models("llava").copy()
     log = finetune(alone, taught, Tuning(lr=1e-3, epochs=2, batch_size=3, accumulation=2), progress=False)
-    for i, process in enumerate(running):
+    def finish(process):
         out, err = process.communicate(timeout=200)
         assert process.returncode == 0, err[-2000:]
-        assert ("KIND FSDP" in out) == (i == 3)  # only the main one has a sharded model as a whole
-    for name in ("replicated", "sharded"):
+        return out
+    said = [finish(process) for process in running]
+    assert ["KIND FSDP" in out for out in said] == [False, False, False, True]  # only the main one has a sharded model as a whole
+    assert all("BATCHES 6" in out for out in said)
+    (tmp_path/"sharded.training").rename(tmp_path/"sharded_again.training")  # of the third step of four; the last has one batch
+    running = [start("sharded_again", rank, ports[0]) for rank in (0, 1)]
+    assert all("BATCHES 1" in finish(process) for process in running)
+    for name in ("replicated", "sharded", "sharded_again"):
         assert [float(l) for l in (tmp_path/f"{name}.log").read_text().split()] == pytest.approx(log.loss.tolist(), abs=2e-5)
         there = dict(MLLM.load(tmp_path/name).model.named_parameters())
         assert all(torch.allclose(p, there[n], atol=2e-5) for n, p in alone.model.named_parameters())
-        assert (tmp_path/f"{name}.training/log.csv").is_file() and not list(tmp_path.glob(".sharing*"))
+        assert (tmp_path/f"{name}.training/log.csv").is_file() == (name != "sharded") and not list(tmp_path.glob(".sharing*"))
