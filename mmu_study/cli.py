@@ -139,11 +139,11 @@ def methods() -> int:
     return 0
 
 def _asked(benchmark: str, split, options, general, dtype: str) -> dict:
-    "What a checkpoint's JSON says of the benchmark: what was read, and who is to be forgotten by it, whatever the flags say that it does not draw by."
+    "What a checkpoint's JSON says of its benchmark: what was read, and who is to be forgotten, as the split has it."
     return dict(benchmark=benchmark, options=list(options), general=list(general), dtype=dtype, forget_pct=split.forget_pct, forget_seed=split.seed, forget=list(split.forget_entities))
 
 def _unfinished(out: Path, model, dtype: str, records, tuning) -> Path:
-    "Where the checkpoints of a fine-tuning are: another folder for other weights, records, ways or code."
+    "Where the checkpoints of a fine-tuning are: another folder for other weights, records, hyperparameters or code."
     import mmu_study
     from mmu_study.methods.unlearning import digest_of_records
     weights = [[p.name, (s := p.stat()).st_size, s.st_mtime_ns] for p in sorted(Path(model).glob("*.safetensors"))]  # none for a hub id
