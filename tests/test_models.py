@@ -348,9 +348,9 @@ def test_memory_of_a_model_that_is_only_a_configuration():
 
 # One process and several
 
-def test_one_process_leaves_the_model_where_it_is(folder):
-    mllm = MLLM.load(folder, device_map={"": "meta"})
-    mllm.model.hf_device_map = None  # as if moved there by hand, such as to the second GPU
+def test_one_process_leaves_the_model_where_it_is(models):
+    mllm = models("llava").copy()
+    mllm.model.to("meta")  # in place of a second GPU
     accelerator = training._accelerator(mllm)
     assert accelerator.device.type != "meta" == accelerator.prepare(mllm.model).device.type
 
