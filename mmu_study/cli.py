@@ -188,8 +188,8 @@ def unlearn(model, benchmark, method, out, preset="paper", changes=(), checkpoin
     with atomic_dir(out) as partial:
         done.mllm.write(partial)
         done.log.to_csv(partial/"unlearning_log.csv", index=False)
-        write_json(partial/"unlearned.json", dict(model=str(model), preset=preset, **_asked(benchmark, split, options, general, dtype),
-            seconds=round(done.seconds, 1), peak_bytes=done.peak_bytes, **done.diagnostics, **provenance()))
+        write_json(partial/"unlearned.json", dict(model=str(model), preset=preset, seconds=round(done.seconds, 1), peak_bytes=done.peak_bytes, **_asked(benchmark, split, options, general, dtype)
+            | done.diagnostics, **provenance()))
     print(f"{out}: {type(chosen).__name__}, {len(done.log)} steps, {done.seconds:.0f} s, {done.peak_bytes/2**30:.1f} GiB at its peak; {len(request.entities)} people forgotten")
     return 0
 
