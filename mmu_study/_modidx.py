@@ -1037,6 +1037,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'mmu_study.training._accelerator': ('core/training.html#_accelerator', 'mmu_study/training.py'),
                                     'mmu_study.training._batch': ('core/training.html#_batch', 'mmu_study/training.py'),
                                     'mmu_study.training._checkpoint': ('core/training.html#_checkpoint', 'mmu_study/training.py'),
+                                    'mmu_study.training._complete': ('core/training.html#_complete', 'mmu_study/training.py'),
                                     'mmu_study.training._corpus': ('core/training.html#_corpus', 'mmu_study/training.py'),
                                     'mmu_study.training._every': ('core/training.html#_every', 'mmu_study/training.py'),
                                     'mmu_study.training._schedule': ('core/training.html#_schedule', 'mmu_study/training.py'),

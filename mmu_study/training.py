@@ -190,6 +190,12 @@ def _accelerator(mllm: MLLM) -> Accelerator:
     more = {} if alone else dict(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])  # a batch of texts does not reach the vision tower
     return Accelerator(cpu=mllm.device.type == "cpu", device_placement=not alone, **more)  # one process leaves the model where it is: its own device would be the first GPU
 
+def _complete(made: list[torch.optim.Optimizer]):
+    "Give weights that no gradient has reached yet (a LLaVA does not read its last vision layer) the state of a beginning: a sharded checkpoint is read only if it has one for each."
+    for o in made:
+        like = next(iter(o.state.values()), {})
+        for p in [p for group in o.param_groups for p in group["params"] if p not in o.state]: o.state[p] = {k: torch.zeros_like(p if v.ndim else v) for k, v in like.items()}
+
 def _checkpoint(accelerator: Accelerator, folder: Path, log: list[dict]):
     "Every process writes its share into one folder, which takes its place when all are done."
     if accelerator.num_processes == 1:
@@ -274,7 +280,9 @@ def finetune(
             for o, s in zip(optimizer, schedule): o.step(); s.step(); o.zero_grad()
             masters.give_back()
             bar.update(); bar.set_postfix(loss=f"{total:.3f}", refresh=False)
-            if checkpoint and len(log) % every == 0 and len(log) < len(order): _checkpoint(accelerator, Path(checkpoint), log)
+            if checkpoint and len(log) % every == 0 and len(log) < len(order):
+                if sharded: _complete(optimizer)
+                _checkpoint(accelerator, Path(checkpoint), log)
     _whole(accelerator, wrapped, mllm)
     if lora: mllm.model = lora.merge_and_unload()
     for p in mllm.model.eval().parameters(): p.requires_grad_(p.is_floating_point())  # `quantize` rounds to integers, which carry no gradient
