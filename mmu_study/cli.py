@@ -15,7 +15,7 @@ from pkgutil import iter_modules
 from threading import current_thread, main_thread
 
 from .runs import Parameter, RunFailed, fill_in, parameters_of, read_value
-from .settings import InputError, atomic_dir, atomic_file, path_of, root, write_json
+from .settings import InputError, atomic_dir, atomic_file, key_of, path_of, root, write_json
 from .sweeps import EXECUTORS, Grid, collect as collect_grid, commands, grid_of, load_grid, status as status_of, sweep as sweep_grid, total
 
 # %% ../nbs/runs/33_cli.ipynb #50010601
@@ -94,7 +94,7 @@ def _benchmark(text: str, forget_pct: float, forget_seed: int, options=(), gener
     from mmu_study.benchmarks import BENCHMARKS, load_benchmark
     from mmu_study.faceworld import PRESETS, Faceworld
     name, _, source = text.partition(":")
-    if Path(text).is_dir(): name, source = "folder" if (Path(text)/"people.csv").is_file() else "mllmu", text
+    if text not in PRESETS and Path(text).is_dir(): name, source = "folder" if (Path(text)/"people.csv").is_file() else "mllmu", text
     given = {n: read_value(v, None) for n, v in _pairs("--option", options, "NAME=VALUE, such as released=true").items()}
     if name in BENCHMARKS and source:
         known = signature(BENCHMARKS[name].read).parameters
@@ -138,20 +138,30 @@ def methods() -> int:
     print(sees_table().map(lambda seen: "yes" if seen else "-").to_string())
     return 0
 
+def _asked(benchmark: str, split, options, general, dtype: str) -> dict:
+    "What a checkpoint's JSON says of its benchmark: what was read, and who is to be forgotten, as the split has it."
+    return dict(benchmark=benchmark, options=list(options), general=list(general), dtype=dtype, forget_pct=split.forget_pct, forget_seed=split.seed, forget=list(split.forget_entities))
+
+def _unfinished(out: Path, model, dtype: str, records, tuning) -> Path:
+    "Where the checkpoints of a fine-tuning are: another folder for other weights, records, hyperparameters or code."
+    import mmu_study
+    from mmu_study.methods.unlearning import digest_of_records
+    weights = [[p.name, (s := p.stat()).st_size, s.st_mtime_ns] for p in sorted(Path(model).glob("*.safetensors"))]  # none for a hub id
+    return out.with_name(f"{out.name}.{key_of(str(model), weights, dtype, digest_of_records(records), tuning, mmu_study.__version__)}.training")
+
 def finetune(model, benchmark, preset, out, changes=(), retain_only=False, every=200, checkpointing=False, forget_pct=10., forget_seed=0, dtype="float32", device=None, options=(), general=()) -> int:
     "Teach a checkpoint the people of a benchmark, as the benchmark's repository does. Started again, it goes on at its last checkpoint; `accelerate launch -m mmu_study.cli finetune` uses several GPUs."
     from dataclasses import asdict, replace
     from accelerate import PartialState
     from mmu_study.records import where
     from mmu_study.runs import provenance
-    from mmu_study.settings import key_of
     from mmu_study.training import TUNINGS, Diverged, Tuning, finetune as train
     if (out := Path(out)).exists(): raise InputError(f"{out} exists; name a folder that does not.")
     if preset not in TUNINGS: raise InputError(f"There is no preset {preset!r} for fine-tuning; there are {', '.join(TUNINGS)}.")
     tuning, split = replace(TUNINGS[preset], **_changes(Tuning, changes)), _benchmark(benchmark, forget_pct, forget_seed, options, general)
     records = where(split.role(*(["retain"] if retain_only else ["forget", "retain"]), fold="train"), kind="identity")
     tuning.orders(records)  # refuses what it cannot learn from before any weights are read
-    left = out.with_name(f"{out.name}.{key_of(str(model), benchmark, tuning, retain_only, forget_pct, forget_seed, dtype, list(options), list(general))}.training")
+    left = _unfinished(out, model, dtype, records, tuning)
     mllm = _model(model, dtype, device, checkpointing=checkpointing)
     try: log = train(mllm, records, tuning, desc=preset, checkpoint=left, every=every, progress=sys.stderr.isatty())
     except Diverged as e: raise RunFailed(str(e)) from None
@@ -159,7 +169,7 @@ def finetune(model, benchmark, preset, out, changes=(), retain_only=False, every
     with atomic_dir(out) as partial:
         mllm.write(partial)
         log.to_csv(partial/"training_log.csv", index=False)
-        write_json(partial/"finetuned.json", dict(model=str(model), benchmark=benchmark, preset=preset, fields=asdict(tuning), retain_only=retain_only, forget_pct=forget_pct, forget_seed=forget_seed,
+        write_json(partial/"finetuned.json", dict(model=str(model), preset=preset, fields=asdict(tuning), retain_only=retain_only, **_asked(benchmark, split, options, general, dtype),
             records=len(records), steps=len(log), **provenance()))
     shutil.rmtree(left, ignore_errors=True)
     print(f"{out}: {preset}, {len(log)} steps on {len(records)} records; the loss went from {log.loss.iloc[0]:.3g} to {log.loss.iloc[-1]:.3g}")
@@ -178,8 +188,8 @@ def unlearn(model, benchmark, method, out, preset="paper", changes=(), checkpoin
     with atomic_dir(out) as partial:
         done.mllm.write(partial)
         done.log.to_csv(partial/"unlearning_log.csv", index=False)
-        write_json(partial/"unlearned.json", dict(model=str(model), benchmark=benchmark, preset=preset, forget=list(request.entities), forget_pct=forget_pct, forget_seed=forget_seed,
-            seconds=round(done.seconds, 1), peak_bytes=done.peak_bytes, **done.diagnostics, **provenance()))
+        write_json(partial/"unlearned.json", dict(model=str(model), preset=preset, seconds=round(done.seconds, 1), peak_bytes=done.peak_bytes, **_asked(benchmark, split, options, general, dtype)
+            | done.diagnostics, **provenance()))
     print(f"{out}: {type(chosen).__name__}, {len(done.log)} steps, {done.seconds:.0f} s, {done.peak_bytes/2**30:.1f} GiB at its peak; {len(request.entities)} people forgotten")
     return 0
 
@@ -209,7 +219,7 @@ def _positive(kind):
 _GRID = [("grid", dict(metavar="GRID", help="a grid file, or the name of one in data/grids")), ("--preset", dict(metavar="NAME", help="one of the presets in the file")),
     ("--gpus", dict(type=_positive(int), metavar="N", help="GPUs of each run, instead of what the file says; with several, a notebook that uses accelerate has as many processes"))]
 _CHECKPOINT = [("--model", dict(required=True, metavar="DIR_OR_HUB", help="folder or hub id of the checkpoint")),
-    ("--benchmark", dict(required=True, metavar="NAME_OR_DIR", help="folder in the schema of MLLMU-Bench or with a people.csv, NAME:SOURCE (mllmu:MLLMMU/MLLMU-Bench), or a size of the embedded world"))]
+    ("--benchmark", dict(required=True, metavar="NAME_OR_DIR", help="folder in the schema of MLLMU-Bench or with a people.csv, NAME:SOURCE (mllmu:MLLMMU/MLLMU-Bench), or a size of the embedded world (a folder of that name: ./quick)"))]
 _SPLIT = [("--forget-pct", dict(type=_positive(float), default=10., metavar="PCT", help="per cent of the people to forget (default: 10)")),
     ("--forget-seed", dict(type=int, default=0, metavar="N", help="another choice of them, where they are drawn (default: 0)")),
     ("--option", dict(dest="options", action="append", default=[], metavar="NAME=VALUE", help="of the benchmark's reader, such as released=true, or forget='[Ada Abel]' for people of your own; again for each")),

@@ -222,13 +222,15 @@ def lora_layers(
     mllm: MLLM,
     on: tuple[str, ...] = (),  # parts, or layers of one, as in "vision:q_proj"; empty: all parts
 ) -> list[str]:  # paths
-    "The linear layers that an adapter can be put on, in the model's order. `InputError` for an unknown part, and if there are none."
+    "The linear layers that an adapter can be put on, in the model's order. `InputError` for an unknown part, a layer that its part does not have, and if there are none."
     wanted = [entry.partition(":") for entry in on or PART_NAMES]
     owner = {n: part for part in {p for p, _, _ in wanted} for n, _ in mllm.parameters(part)}
     closed = {id(m) for a in mllm.model.modules() if isinstance(a, torch.nn.MultiheadAttention) for m in a.children()}  # torch calls their weights, not them
     closed.add(id(mllm.model.get_output_embeddings()))
-    found = [n for n, m in mllm.model.named_modules() if isinstance(m, torch.nn.Linear) and id(m) not in closed and (part := owner.get(f"{n}.weight"))
-        and any(part == p and (not name or n.rpartition(".")[2] == name) for p, _, name in wanted)]
+    linear = [(n, part, n.rpartition(".")[2]) for n, m in mllm.model.named_modules() if isinstance(m, torch.nn.Linear) and id(m) not in closed and (part := owner.get(f"{n}.weight"))]
+    for part, _, name in wanted:
+        if name and name not in (there := {last for _, p, last in linear if p == part}): raise InputError(f"There is no linear layer {name!r} for LoRA in the {part} part of this {mllm.model.config.model_type} model, which has {', '.join(sorted(there)) or 'none'}.")
+    found = [n for n, part, last in linear if any(part == p and name in ("", last) for p, _, name in wanted)]
     if not found: raise InputError(f"There is no linear layer in {', '.join(on or PART_NAMES)} that LoRA could be put on; use full weights (lora=0).")
     return found
 

@@ -92,6 +92,7 @@ class Tuning:
         for name, allowed in dict(loss_on=("answer", "all"), schedule=("linear", "cosine")).items():
             if getattr(self, name) not in allowed: raise InputError(f"{name} of a tuning is {getattr(self, name)!r}; it must be {' or '.join(allowed)}.")
         if min(self.lr, self.epochs, self.batch_size, self.accumulation) <= 0: raise InputError(f"lr, epochs, batch_size and accumulation must be positive; got {self.lr}, {self.epochs}, {self.batch_size} and {self.accumulation}.")
+        if self.lora and (both := {*self.parts} & {entry.partition(":")[0] for entry in self.lora_on or PART_NAMES}): raise InputError(f"{', '.join(sorted(both))} is trained in full (parts) and has adapters (lora_on); name it in one of the two.")
         if wrong := {*self.parts} - {*PART_NAMES} | {*self.modalities} - {*MODALITIES}: raise InputError(f"There is no part or modality {', '.join(sorted(wrong))}.")
 
     def orders(self, records: Dataset) -> list[list[list[np.ndarray]]]:
@@ -182,7 +183,13 @@ def _batch(mllm: MLLM, records: Dataset, talks: list[tuple[np.ndarray, bool]], l
 def _accelerator(mllm: MLLM) -> Accelerator:
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     more = {} if alone else dict(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])  # a batch of texts does not reach the vision tower
-    return Accelerator(cpu=mllm.device.type == "cpu", **more)
+    return Accelerator(cpu=mllm.device.type == "cpu", device_placement=not alone, **more)  # one process leaves the model where it is: its own device would be the first GPU
+
+def _complete(made: list[torch.optim.Optimizer]):
+    "Give weights that no gradient has reached yet (a LLaVA does not read its last vision layer) the state of a beginning: a sharded checkpoint is read only if it has one for each."
+    for o in made:
+        like = next(iter(o.state.values()), {})
+        for p in [p for group in o.param_groups for p in group["params"] if p not in o.state]: o.state[p] = {k: torch.zeros_like(p if v.ndim else v) for k, v in like.items()}
 
 def _checkpoint(accelerator: Accelerator, folder: Path, log: list[dict]):
     "Every process writes its share into one folder, which takes its place when all are done."
@@ -212,7 +219,7 @@ def _whole(accelerator: Accelerator, wrapped, mllm: MLLM):
         kind = next(c for c in type(model).__mro__ if c.__module__.startswith("transformers."))  # sharding puts a class of its own in front
         whole = kind.from_pretrained(None, config=model.config, state_dict={n: w.cpu() for n, w in state.items()}, dtype=model.dtype)
         whole.generation_config = model.generation_config
-        mllm.model = whole
+        mllm.model = MLLM(whole, mllm.processor).model  # with its hook, if it is a Qwen
 
 def finetune(
     mllm: MLLM,  # changed in place
@@ -268,10 +275,12 @@ def finetune(
             for o, s in zip(optimizer, schedule): o.step(); s.step(); o.zero_grad()
             masters.give_back()
             bar.update(); bar.set_postfix(loss=f"{total:.3f}", refresh=False)
-            if checkpoint and len(log) % every == 0 and len(log) < len(order): _checkpoint(accelerator, Path(checkpoint), log)
+            if checkpoint and len(log) % every == 0 and len(log) < len(order):
+                if sharded: _complete(optimizer)
+                _checkpoint(accelerator, Path(checkpoint), log)
     _whole(accelerator, wrapped, mllm)
     if lora: mllm.model = lora.merge_and_unload()
-    mllm.model.eval().requires_grad_(True)
+    for p in mllm.model.eval().parameters(): p.requires_grad_(p.is_floating_point())  # `quantize` rounds to integers, which carry no gradient
     accelerator.free_memory()
     return pd.DataFrame(log)
 
@@ -280,7 +289,7 @@ TUNINGS = dict(
     mllmu=Tuning(  # franciscoliu/MLLMU-Bench @ 0e3098e, finetune.py and README
         lr=2e-5, epochs=5, batch_size=4,  # README: "lr 2e-5", 5 epochs, batch 4 (defaults of the arguments: 5e-4, 5 epochs)
         lora=16, alpha=16, dropout=.05, gaussian=True,  # LoraConfig: r 16, alpha 16, dropout .05, gaussian
-        lora_on=("language", "vision:q_proj", "vision:k_proj", "vision:v_proj"),  # what its suffixes match in a LLaVA; measured there
+        lora_on=("language", "vision:q_proj", "vision:k_proj", "vision:v_proj"),  # what its suffixes match in a LLaVA; measured there; refused where vision has other layers, as in a Qwen2-VL: --set 'lora_on=[language, vision:qkv]'
         modalities=("vqa",),  # ft_Data: every pair has a picture
         loss_on="all", schedule="linear",  # labels are the input with padding masked; linear schedule without warm-up
         weight_decay=.01),  # default of torch's AdamW; ours, since the code's own value was not seen

@@ -1,5 +1,5 @@
 "The command `mmu-study`: every --help reads, every bad input is one sentence and exit code 2, and one's own checkpoint goes in and comes out."
-import json, re, signal, subprocess, sys, tomllib
+import json, os, re, shutil, signal, subprocess, sys, tomllib
 from pathlib import Path
 
 import pandas as pd
@@ -12,6 +12,7 @@ from mmu_study.batches import ask
 from mmu_study.benchmarks import write_miniature
 from mmu_study.faceworld import Faceworld
 from mmu_study.models import MLLM, TinyLlava, tiny_llava
+from mmu_study.settings import InputError
 from stub import grid_file, notebook, run
 
 COMMANDS = [function.__name__ for function in cli._COMMANDS]
@@ -112,6 +113,7 @@ def test_ones_own_checkpoint_is_unlearned_and_scored(tmp_path, said, checkpoint,
     assert code == 0 and re.fullmatch(r"new: GradDiff, 2 steps, \d+ s, [\d.]+ GiB at its peak; 1 people forgotten\n", out), out
     about = json.loads((tmp_path/"new/unlearned.json").read_text())
     assert (about["preset"], about["fields"]["lr"], about["fields"]["parts"], about["steps"], about["version"]) == ("paper", .01, ["language"], 2, mmu_study.__version__)
+    assert (about["benchmark"], about["options"], about["general"], about["dtype"], about["forget_pct"], about["forget_seed"]) == (str(benchmark), [], [], "float32", 10, 0) and about["forget"] == [*cli._benchmark(str(benchmark), 10., 0).forget_entities]
     assert len(pd.read_csv(tmp_path/"new/unlearning_log.csv")) == 2
     before, after = MLLM.load(checkpoint), MLLM.load(tmp_path/"new")
     changed = {part: any(not torch.equal(p, dict(before.model.named_parameters())[n]) for n, p in after.parameters(part)) for part in before.parts}
@@ -119,6 +121,11 @@ def test_ones_own_checkpoint_is_unlearned_and_scored(tmp_path, said, checkpoint,
     code, out, _ = said("evaluate", "--model", "new", "--benchmark", f"mllmu:{benchmark}", "--per-fact", 1, "--out", "scores.parquet")
     scores = pd.read_parquet("scores.parquet")
     assert code == 0 and {"forget", "test", "retain", "real"} == set(scores.role) and all(role in out for role in set(scores.role))
+
+def test_a_folder_does_not_stand_for_a_world_of_its_name(tmp_path):
+    (tmp_path/"smoke").mkdir()
+    assert len(cli._benchmark("smoke", 25., 0).forget_entities) == 3
+    with pytest.raises(InputError, match="has no parquet files"): cli._benchmark("./smoke", 10., 0)
 
 def test_people_of_ones_own_by_name_and_general_questions(tmp_path, said, checkpoint):
     people, pope = write_miniature("folder", tmp_path/"people"), write_miniature("pope", tmp_path/"pope")
@@ -129,6 +136,10 @@ def test_people_of_ones_own_by_name_and_general_questions(tmp_path, said, checkp
     assert {*scores.entity[scores.role == "test"]} == {e for e in scores.entity if ada in e} != set() and {*scores.task[scores.role == "test"]} == {"cloze"} and scores.uid[scores.role == "general"].str.startswith("pope/").all()
     drawn = lambda seed: (said("evaluate", "--model", checkpoint, "--benchmark", f"folder:{people}", "--forget-seed", seed, "--option", "tasks=[cloze]", "--per-fact", 1, "--out", "s.parquet"), {*pd.read_parquet("s.parquet").query("role == 'test'").entity})[1]
     assert drawn(0) != drawn(1)
+    code, out, err = said("finetune", "--model", checkpoint, "--benchmark", people, "--option", f"forget=[{ada}]", "--general", f"pope:{pope}", "--preset", "fiubench", "--set", "epochs=1", "--set", "batch_size=32", "--out", "taught")
+    assert code == 0, err
+    about = json.loads((tmp_path/"taught/finetuned.json").read_text())
+    assert (about["options"], about["general"]) == ([f"forget=[{ada}]"], [f"pope:{pope}"]) and about["forget_pct"] == pytest.approx(100/pd.read_csv(people/"people.csv").name.nunique()) and {*about["forget"]} == {*scores.entity[scores.role == "test"]}
 
 def test_ones_own_checkpoint_is_fine_tuned_and_goes_on_where_it_stopped(tmp_path, said, checkpoint, benchmark, monkeypatch):
     from mmu_study import training
@@ -144,8 +155,26 @@ def test_ones_own_checkpoint_is_fine_tuned_and_goes_on_where_it_stopped(tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(training, "_checkpoint", stop)
         assert said(*argv("again"))[0] == 130 and not (tmp_path/"again").exists() and list(tmp_path.glob("again.*.training"))
+    done, batch = [], training._batch
+    monkeypatch.setattr(training, "_batch", lambda *a: (done.append(1), batch(*a))[1])
     assert said(*argv("again"))[0] == 0 and not list(tmp_path.glob("again.*.training"))
+    assert len(done) == about["steps"] - 2  # after the first checkpoint
     assert all(torch.equal(p, after[n]) for n, p in MLLM.load("again").model.named_parameters())
+
+def test_checkpoints_of_other_weights_records_or_code_are_not_gone_on_with(tmp_path, checkpoint, benchmark, monkeypatch):
+    from mmu_study.training import TUNINGS
+    model, records = shutil.copytree(checkpoint, tmp_path/"model"), cli._benchmark(str(benchmark), 10., 0).role("forget", fold="train")
+    name = lambda records=records, dtype="float32", preset="mllmu": cli._unfinished(tmp_path/"new", model, dtype, records, TUNINGS[preset]).name
+    first = name()
+    reworded = records.map(lambda r, i: dict(answer="Nobody.") if i == 0 else r, with_indices=True, keep_in_memory=True)
+    names = [first, name(reworded), name(dtype="bfloat16"), name(preset="clear")]
+    monkeypatch.setattr(mmu_study, "__version__", "0")
+    names.append(name())
+    monkeypatch.undo()
+    os.utime(model/"model.safetensors", (0, 0))
+    assert len({*names, name()}) == 6 and first.startswith("new.") and first.endswith(".training")
+    shutil.copystat(checkpoint/"model.safetensors", model/"model.safetensors")
+    assert name() == first
 
 def test_build_names_what_it_built(said, monkeypatch):
     from mmu_study import training

@@ -32,11 +32,15 @@ from mmu_study.models import MLLM, TinyLlava
 from mmu_study.records import thin
 R = training.Recipe
 training.Schooling.of = classmethod(lambda cls, world: cls(TinyLlava(vision_width=32, vision_layers=2, width=32, layers=2, heads=2), R(4), R(4), R(40, turns=6, tokens=600), R(4, turns=6)))
-loop = training.finetune
-training.finetune = lambda *a, **k: loop(*a, **{**k, "every": 5})
+loop, batch, done = training.finetune, training._batch, []
+def finetune(*a, **k):
+    training._batch = lambda *b: (done.append(k["desc"]), batch(*b))[1]
+    return loop(*a, **{**k, "every": 5})
+training.finetune = finetune
 world = Faceworld(**%r, seed=int(sys.argv[1]))
 folder = training.built(world, "vanilla", progress=False)
 evaluate(MLLM.load(folder), thin(world.split(25).score, 1)).to_parquet(sys.argv[2])
+with open(sys.argv[2] + ".batches", "x") as f: f.write(" ".join(done))
 """ % WORLD
 
 
@@ -74,6 +78,8 @@ def test_kill_in_the_middle_of_training_and_go_on(whole, tmp_path):
     process.communicate()
     assert not [p for p in (tmp_path/"study/data/cache").glob("base-*") if p.suffix != ".training"]  # nothing claims to be done
     finish(start(tmp_path/"study", tmp_path/"scores.parquet"))
+    done = lambda folder: [(folder/"scores.parquet.batches").read_text().split().count(kind) for kind in ("captions", "base", "vanilla")]
+    assert done(whole) == [4, 40, 4] and done(tmp_path)[::2] == [0, 4] and 0 < done(tmp_path)[1] <= 40 - 5  # gone on, not begun again
     for kind in ("base", "vanilla"):
         again, once = weights(tmp_path/"study", kind), weights(whole/"study", kind)
         assert all(torch.equal(again[n], once[n]) for n in once)
