@@ -871,7 +871,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'mmu_study.records.Split.score': ('core/records.html#split.score', 'mmu_study/records.py'),
                                    'mmu_study.records.Split.validation': ('core/records.html#split.validation', 'mmu_study/records.py'),
                                    'mmu_study.records.choose_people': ('core/records.html#choose_people', 'mmu_study/records.py'),
-                                   'mmu_study.records.column': ('core/records.html#column', 'mmu_study/records.py'),
+                                   'mmu_study.records.column_of': ('core/records.html#column_of', 'mmu_study/records.py'),
                                    'mmu_study.records.table': ('core/records.html#table', 'mmu_study/records.py'),
                                    'mmu_study.records.thin': ('core/records.html#thin', 'mmu_study/records.py'),
                                    'mmu_study.records.to_records': ('core/records.html#to_records', 'mmu_study/records.py'),

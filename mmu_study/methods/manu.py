@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from ..batches import answer_log_probs, encode, lengths, rows, tokenized
 from .unlearning import NOT_NEGATIVE, POSITIVE, Method, Unlearned, check_watch, diagnose, peak_bytes, private_rng, register, shared, without_dropout
 from ..models import MLLM
-from ..records import MODALITIES, column, where
+from ..records import MODALITIES, column_of, where
 from ..settings import InputError, atomic_file
 from ..training import Diverged
 
@@ -159,7 +159,7 @@ def encoded(
 ) -> Iterator[dict[str, torch.Tensor]]:
     "Every record once, in batches of like length (little padding)."
     order = np.argsort(-lengths(records), kind="stable")
-    if modality: order = order[column(records, "modality").to_numpy()[order] == modality]
+    if modality: order = order[column_of(records, "modality").to_numpy()[order] == modality]
     for i in range(0, len(order), size): yield _inputs(mllm, rows(records, order[i:i + size]), answers)
 
 READS = dict(  # which form of the records the neurons of a part are scored on
@@ -327,7 +327,7 @@ def taylor(
     "How much of its loss each answer would change if a neuron were switched off, to first order, and meaned over the records."
     total, order = {s: torch.zeros(s.width, dtype=torch.float64, device=mllm.device) for s in sites}, np.argsort(-lengths(records), kind="stable")
     for modality in MODALITIES:  # a batch of both would have no picture for some of its rows
-        of = order[column(records, "modality").to_numpy()[order] == modality]
+        of = order[column_of(records, "modality").to_numpy()[order] == modality]
         for i in range(0, len(of), size):
             batch, seen = encode(mllm, rows(records, of[i:i + size])), {}
             with without_dropout(mllm):
@@ -452,7 +452,7 @@ class MANU(Method):
     def _records(self, records: Dataset, split: str, doing: str) -> Dataset:
         looks = self.looks(split)
         found = where(records, modality=list(looks), kind=list(self.forget_kinds))  # of the retain records too: a ratio compares like with like
-        missing = set(looks) - set(column(found, "modality"))
+        missing = set(looks) - set(column_of(found, "modality"))
         if missing and (self.rank_by == "manu" or not len(found)): raise InputError(f"MANU {doing} on {' and '.join(sorted(missing, reverse=True))} records, and the request has none of them.")
         return found
 
@@ -463,7 +463,7 @@ class MANU(Method):
         if not self.retains: return None
         found, index = self._records(request.retain, "retain", "retains"), []
         for i, m in enumerate(self.looks("retain")):
-            of = np.flatnonzero(column(found, "modality") == m)
+            of = np.flatnonzero(column_of(found, "modality") == m)
             n = len(of) if self.retain_sample is None or self.audit else self.retain_sample or len(where(self.forget_records(request), modality=m))
             index.append(np.random.default_rng([self.seed, i]).permutation(of)[:n])
         return found.select(np.sort(np.concatenate(index)))

@@ -23,7 +23,7 @@ from ..evaluation import evaluate
 from ..methods.unlearning import GradientMethod, Method, Unlearned
 from ..metrics import forget_quality, truth_ratios
 from ..models import MLLM
-from ..records import FEATURES, FOLDS, TASKS, ForgetRequest, Split, column, table, where, with_roles
+from ..records import FEATURES, FOLDS, TASKS, ForgetRequest, Split, column_of, table, where, with_roles
 from ..settings import InputError, atomic_dir, key_of, write_json
 from ..training import Diverged
 
@@ -211,7 +211,7 @@ def sequence(
     `InputError` for an option that the method cannot follow, and a folder of another sequence."""
     asked, questions, folder = requests(split, options), split.score if questions is None else questions, folder and Path(folder)
     chosen = [fitted(method, options, len(r.entities)/len(split.forget_entities)) for r in asked]
-    plan = dict(method=type(method).__name__, fields=method.hyperparameters, options=asdict(options), requests=[r.entities for r in asked], questions=key_of(sorted(column(questions, "uid"))), model=_weight(mllm))
+    plan = dict(method=type(method).__name__, fields=method.hyperparameters, options=asdict(options), requests=[r.entities for r in asked], questions=key_of(sorted(column_of(questions, "uid"))), model=_weight(mllm))
     now, state, adapter, scores, log, stopped = mllm, None, {}, [], [], ""
     with _kept(folder, plan):
         places = [folder and folder/f"after-{i}" for i in range(1, len(asked) + 1)]
