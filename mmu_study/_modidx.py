@@ -686,6 +686,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'mmu_study/models.py'),
                                   'mmu_study.models.MLLM': ('core/models.html#mllm', 'mmu_study/models.py'),
                                   'mmu_study.models.MLLM.__post_init__': ('core/models.html#mllm.__post_init__', 'mmu_study/models.py'),
+                                  'mmu_study.models.MLLM.check_changeable': ( 'core/models.html#mllm.check_changeable',
+                                                                              'mmu_study/models.py'),
                                   'mmu_study.models.MLLM.checkpoint': ('core/models.html#mllm.checkpoint', 'mmu_study/models.py'),
                                   'mmu_study.models.MLLM.copy': ('core/models.html#mllm.copy', 'mmu_study/models.py'),
                                   'mmu_study.models.MLLM.device': ('core/models.html#mllm.device', 'mmu_study/models.py'),

@@ -258,7 +258,7 @@ _COMMANDS = {
         ("--products", dict(metavar="DIR", default="", help="folder for what does not depend on rates and steps, such as saliencies and second moments (large, for a large model): made once, then used by all that name it")), _CHECKPOINTING, *_SPLIT]),
     evaluate: ("mmu-study evaluate --model unlearned --benchmark mllmu:DIR --out scores.parquet", [*_CHECKPOINT, ("--out", dict(metavar="FILE", help="parquet file for the scores, a row a question and metric")),
         ("--per-fact", dict(type=_positive(int), metavar="N", help="ask so many questions for each fact (default: all)")),
-        ("--quantize", dict(choices=["nf4", "int8"], help="round the weights to 4 or 8 bits first, on a GPU")), *_SPLIT])}
+        ("--quantize", dict(choices=["nf4", "int8"], help="round the weights to 4 or 8 bits first")), *_SPLIT])}
 
 def _parser() -> _Parser:
     parser = _Parser(prog="mmu-study", description="Machine unlearning in multimodal models: runs, studies, and methods for your own checkpoint.", epilog="mmu-study COMMAND --help says more.", allow_abbrev=False)

@@ -137,9 +137,14 @@ class MLLM:
     ) -> list[torch.nn.Parameter]:  # those that now require gradients
         "Let gradients flow into the given parts only (all parts if none is named). `InputError` for weights that were rounded to integers."
         chosen = dict(self.parameters(*parts))
-        if whole := [n for n, p in chosen.items() if not p.is_floating_point()]: raise InputError(f"{len(whole)} weights, such as {whole[0]}, were rounded by `quantize` and cannot be trained; use LoRA.")
+        self.check_changeable(chosen)
         for name, p in self.model.named_parameters(): p.requires_grad_(name in chosen)
         return list(chosen.values())
+
+    def check_changeable(self, names: Iterable[str]):
+        "`InputError` if some of these weights were rounded to integers."
+        weights = dict(self.model.named_parameters())
+        if rounded := [n for n in names if not weights[n].is_floating_point()]: raise InputError(f"{len(rounded)} weights, such as {rounded[0]}, were rounded by `quantize` and cannot be changed; use a method with LoRA, or load the model without `quantize`.")
 
     def copy(self) -> "MLLM":
         "A copy that shares no weights; the processor, which is never changed, is shared."
@@ -164,12 +169,12 @@ class MLLM:
         source,  # folder or hub id
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
-        quantize: str | None = None,  # nf4 (4 bits) or int8: rounds linear layers, on a GPU
+        quantize: str | None = None,  # nf4 (4 bits) or int8: rounds linear layers
         device_map=None,  # as in `from_pretrained`, such as "auto": where accelerate puts the layers, in place of `device`
         checkpointing: bool = False,  # compute activations again in the backward pass, wherever the model or a copy is trained
     ) -> "MLLM":
         """Load by the Auto classes. `InputError` for a folder without configuration or (all of its) safetensors weights, a processor that cannot be loaded or
-        is not the model's, `quantize` without a GPU or bitsandbytes, and for an id that cannot be had."""
+        is not the model's, `quantize` without bitsandbytes, and for an id that cannot be had."""
         local = Path(source).is_dir()
         if local: _check_folder(Path(source))
         where = dict(device_map=device_map or {"": device}) if device_map or quantize else {}
@@ -182,6 +187,8 @@ class MLLM:
         try: processor = reader.from_pretrained(source, trust_remote_code=False)
         except (OSError, ValueError, TypeError, AttributeError, ImportError) as e: raise InputError(f"The processor of {source} cannot be loaded: {str(e).strip().splitlines()[0].split('. ')[0].rstrip('.')}.") from e
         found = cls((model if where else model.to(device)).eval(), processor)
+        for m in model.modules():  # on some CPUs bitsandbytes repacks these when they are first read, and can then neither train nor copy them
+            if hasattr(m, "support_avx512bf16_for_cpu"): m.support_avx512bf16_for_cpu = False
         _check_processor(found, source)
         if checkpointing: found.checkpoint()
         return found
@@ -192,8 +199,7 @@ class MLLM:
 
 def _rounding(quantize: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     if quantize not in ("nf4", "int8"): raise InputError(f"There is no quantization {quantize!r}; choose nf4 or int8.")
-    if not torch.cuda.is_available(): raise InputError(f"Quantization to {quantize} needs a GPU, and torch sees none here.")
-    if importlib.util.find_spec("bitsandbytes") is None: raise InputError(f"Quantization to {quantize} needs the package bitsandbytes, which is not installed here.")
+    if importlib.util.find_spec("bitsandbytes") is None: raise InputError(f"Quantization to {quantize} needs the package bitsandbytes, which is not installed here: pip install 'mmu_study[quantize]'.")
     return BitsAndBytesConfig(load_in_8bit=True) if quantize == "int8" else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 def _check_folder(folder: Path):

@@ -192,19 +192,35 @@ def test_no_processor(broken):
         if p.name not in ("config.json", "generation_config.json", "model.safetensors"): p.unlink()
     refused(broken, "^The processor of .* cannot be loaded: ")
 
-def test_quantization_without_a_gpu(folder, monkeypatch):
+def test_quantization_that_cannot_be(folder, monkeypatch):
     refused(folder, "There is no quantization 'int4'; choose nf4 or int8", quantize="int4")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    refused(folder, "Quantization to nf4 needs a GPU", quantize="nf4")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    refused(folder, "needs the package bitsandbytes", quantize="int8")
+    with monkeypatch.context() as m:
+        m.setattr("importlib.util.find_spec", lambda name: None)
+        refused(folder, "needs the package bitsandbytes", quantize="int8")
+
+@pytest.mark.parametrize("kind, off", [("nf4", .3), ("int8", .05)])
+def test_rounded_by_bitsandbytes(folder, request_, kind, off, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    exact, mllm = MLLM.load(folder), MLLM.load(folder, quantize=kind)
+    batch, bytes_of = encode(exact, [question()]), lambda m: sum(p.numel()*p.element_size() for p in m.model.parameters())
+    assert bytes_of(mllm) < .7*bytes_of(exact)
+    with torch.no_grad(): assert mean_log_probs(mllm, [[question()]]) == pytest.approx(mean_log_probs(exact, [[question()]]), abs=.5)
+    before, there = logits(mllm, batch), logits(exact, batch)
+    assert 0 < (before - there).norm() < off*there.norm()
+    for name in ("GradDiff", "NPO"):
+        done = method(name, lora=2, steps=3, lr=1e-2).unlearn(mllm, request_)
+        assert not torch.allclose(logits(done.mllm, batch), before, atol=1e-4)
+    assert torch.allclose(logits(mllm, batch), before, atol=1e-5)  # it was left alone
+    for name in ONE:
+        with pytest.raises(InputError, match="weights, such as .*, were rounded by `quantize` and cannot be changed; use a method with LoRA"): method(name).unlearn(mllm, request_)
+    again = MLLM.load(done.mllm.save(tmp_path/"kept"))
+    assert torch.allclose(logits(again, batch), logits(done.mllm, batch), atol=1e-4)
 
 def test_rounded_weights_are_not_trained(models):
     own = models("llava").copy()
     own.model.lm_head.weight = torch.nn.Parameter(own.model.lm_head.weight.to(torch.int8), requires_grad=False)  # as bitsandbytes holds them
     own.train_only("projector")
-    with pytest.raises(InputError, match="^1 weights, such as lm_head.weight, were rounded by `quantize` and cannot be trained; use LoRA.$"): own.train_only("language")
+    with pytest.raises(InputError, match="^1 weights, such as lm_head.weight, were rounded by `quantize` and cannot be changed; use a method with LoRA, or load the model without `quantize`.$"): own.train_only("language")
 
 def test_a_device_map_is_passed_through(folder, models):
     assert MLLM.load(folder, device_map={"": "meta"}).device.type == "meta"

@@ -135,6 +135,19 @@ def test_blocked_and_quantized_are_copies(models, request_):
         for p in (*a.model.parameters(), *b.model.parameters()): p.zero_()
     assert same(before, models["vanilla"].model.parameters())
 
+def test_nf4_is_what_bitsandbytes_makes(models):
+    bnb, m = pytest.importorskip("bitsandbytes").functional, models["vanilla"]
+    done, name = quantized(m, "nf4", parts=("projector",)), "model.multi_modal_projector.linear_1.weight"
+    was, now = (dict(x.model.named_parameters())[name] for x in (m, done))
+    codes, state = bnb.quantize_4bit(was.detach(), quant_type="nf4")
+    assert torch.equal(now, bnb.dequantize_4bit(codes, state)) and not torch.equal(now, was)
+    assert max(len(set(b.tolist())) for b in now.detach().flatten()[:now.numel()//64*64].view(-1, 64)) <= 16
+    assert same([p for n, p in m.parameters("vision", "language")], [p for n, p in done.parameters("vision", "language")])
+
+def test_nf4_without_its_package(models, monkeypatch):
+    monkeypatch.setattr(rob, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="^NF4 needs the package bitsandbytes, which is not installed here: pip install 'mmu_study\\[quantize\\]'.$"): quantized(models["vanilla"], "nf4")
+
 # Relearning
 
 @pytest.mark.parametrize("seed, facts", [*product(range(3), (1, 2, 4))])
@@ -334,7 +347,7 @@ def test_bad_input_is_one_sentence(models, text, request_, questions, monkeypatc
     m = models["vanilla"]
     for call, message in [
         (lambda: Relearning(facts=0), "facts of Relearning is 0"), (lambda: Relearning(at=()), "at of Relearning"), (lambda: Relearning(facts=5).drawn(request_), "5 facts of p00 were to be relearned; there are 5"),
-        (lambda: quantized(m, 1), "bits is 1; it must be a number from 2 to 16"), (lambda: quantized(m, 4.5), "bits is 4.5"), (lambda: quantized(m, "nf4"), "NF4 needs a model on CUDA and the package bitsandbytes; the model is on cpu"),
+        (lambda: quantized(m, 1), "bits is 1; it must be a number from 2 to 16"), (lambda: quantized(m, 4.5), "bits is 4.5"),
         (lambda: probe(m, request_.retain, questions, "name"), "A probe reads entity or value at last or image, not 'name'"), (lambda: probe(m, where(request_.retain, fact="pet"), where(questions, fact="home"), "value"), "No value of the test records is among"),
         (lambda: sampled(m, questions, n=0), "0 samples at temperature 1.0"), (lambda: sampled(m, questions, temperature=0.), "above 0"), (lambda: vary(questions, "louder"), "There is no variation 'louder'"),
         (lambda: membership(m, questions.select([])), "There are no records to check"), (lambda: auc_table(attacked([1], [])), "there are none of holdout"), (lambda: auc_table(attacked([1], [2]), attacked([1], [2, 3])), "different records"),

@@ -512,6 +512,7 @@ class MANU(Method):
     def unlearn(self, mllm, request, *, state=None, watch=None, watch_at=()):
         if state is not None: raise InputError("MANU keeps nothing between requests, but was given a state.")
         check_watch(watch_at, 1)
+        mllm.check_changeable(n for n, _ in mllm.parameters(*self._parts))
         began, watched = time.perf_counter(), 0.
         if mllm.device.type == "cuda": torch.cuda.reset_peak_memory_stats(mllm.device)
         with private_rng(mllm.device, self.seed):

@@ -433,6 +433,7 @@ class GradientMethod(Method):
         name = type(self).__name__
         if state is not None and not self.sequential: raise InputError(f"{name} keeps nothing between requests, but was given a state.")
         check_watch(watch_at, steps := self.planned_steps(request))
+        if not self.lora: mllm.check_changeable(self.trained(mllm))
         began, watched, log = time.perf_counter(), 0., []
         if mllm.device.type == "cuda": torch.cuda.reset_peak_memory_stats(mllm.device)
         with private_rng(mllm.device, self.seed):

@@ -167,13 +167,13 @@ def _nf4(weight: torch.Tensor, _) -> torch.Tensor:
 
 def quantized(
     mllm: MLLM,  # is not changed
-    bits: int | str = 4,  # 2 to 16, or "nf4": bitsandbytes' 4-bit normal floats in blocks of 64, on CUDA only
+    bits: int | str = 4,  # 2 to 16, or "nf4": bitsandbytes' 4-bit normal floats in blocks of 64
     parts: tuple[str, ...] = (),  # whose linear layers; empty: all
     head: bool = False,  # the output head too; usual tools leave it alone
 ) -> MLLM:
     "A copy with rounded weights. `InputError` for other bits, no linear layer, and NF4 where it cannot be had."
     if bits == "nf4":
-        if mllm.device.type != "cuda" or not find_spec("bitsandbytes"): raise InputError(f"NF4 needs a model on CUDA and the package bitsandbytes; the model is on {mllm.device.type}, and bitsandbytes is {'' if find_spec('bitsandbytes') else 'not '}installed.")
+        if not find_spec("bitsandbytes"): raise InputError("NF4 needs the package bitsandbytes, which is not installed here: pip install 'mmu_study[quantize]'.")
     elif not isinstance(bits, int) or not 2 <= bits <= 16: raise InputError(f"bits is {bits!r}; it must be a number from 2 to 16, or 'nf4'.")
     done, change = mllm.copy(), _nf4 if bits == "nf4" else rounded
     owned, output = {n for n, _ in done.parameters(*parts)}, done.model.get_output_embeddings()
