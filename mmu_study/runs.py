@@ -9,7 +9,7 @@ __all__ = ['SCORE_COLUMNS', 'Parameter', 'parameters_of', 'fill_in', 'resolve', 
            'read_value', 'main']
 
 # %% ../nbs/runs/30_runs.ipynb #d901dacf
-import argparse, ast, hashlib, json, math, os, platform, re, shutil, signal, subprocess, sys, time
+import argparse, ast, json, math, os, platform, re, shutil, signal, subprocess, sys, time
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -27,7 +27,7 @@ import psutil
 import yaml
 
 import mmu_study
-from .settings import InputError, atomic_file, build_once, key_of, path_of, root, setting, write_json
+from .settings import InputError, atomic_file, build_once, key_of, path_of, root, setting, source_hash, write_json
 
 # %% ../nbs/runs/30_runs.ipynb #02257286
 @dataclass(frozen=True)
@@ -111,11 +111,6 @@ def resolve(
     return fill_in(parameters_of(notebook), parameters or {}, Path(notebook).name)
 
 # %% ../nbs/runs/30_runs.ipynb #b9dfa0b0
-def _library() -> str:
-    "A hash of the library's source."
-    files = sorted(f for f in Path(mmu_study.__file__).parent.rglob("*.py") if f.name != "_modidx.py")
-    return hashlib.sha256("".join(re.sub(r"(?m)^# %% .*$", "", f.read_text()) for f in files).encode()).hexdigest()
-
 def _shares(nb) -> bool: return any(re.search(r"\b(accelerate|torch\.distributed)\b", c.source) for c in _code(nb))
 
 def shares_work(
@@ -137,7 +132,7 @@ def run_keys(
 ) -> list[str]:  # 12 hexadecimal digits each
     """The names of runs: hashes of the notebook's code, of all its parameters (defaults filled in), of the library and of the number of processes, which a
     batch is often multiplied by. Files are read once. Errors as `execute`."""
-    nb, name, library = _read(notebook), Path(notebook).name, _library()
+    nb, name, library = _read(notebook), Path(notebook).name, source_hash()
     declared = _parameters(nb, name)
     return [_key(nb, name, fill_in(declared, given, name), library, processes) for given in several]
 
@@ -386,7 +381,7 @@ def execute(
     notebook, nb = Path(notebook).resolve(), _read(notebook)
     values = fill_in(_parameters(nb, notebook.name), parameters or {}, notebook.name)
     if processes < 1: raise InputError(f"processes is {processes}; it must be 1 or more.")
-    key, runs, built = _key(nb, notebook.name, values, _library(), processes), Path(runs_dir or path_of("runs")).resolve(), []
+    key, runs, built = _key(nb, notebook.name, values, source_hash(), processes), Path(runs_dir or path_of("runs")).resolve(), []
     shown = notebook.relative_to(root()).as_posix() if notebook.is_relative_to(root()) else notebook.name
 
     def build(folder):

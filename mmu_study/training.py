@@ -220,6 +220,7 @@ def _whole(accelerator: Accelerator, wrapped, mllm: MLLM):
         whole = kind.from_pretrained(None, config=model.config, state_dict={n: w.cpu() for n, w in state.items()}, dtype=model.dtype)
         whole.generation_config = model.generation_config
         mllm.model = MLLM(whole, mllm.processor).model  # with its hook, if it is a Qwen
+        if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()): mllm.checkpoint()
 
 def finetune(
     mllm: MLLM,  # changed in place

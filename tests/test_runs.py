@@ -78,7 +78,7 @@ def test_the_key_holds_what_a_run_depends_on(tmp_path, monkeypatch):
     nb.cells[1].update(id="other", execution_count=3, outputs=[nbformat.v4.new_output("stream", text="1")])
     nbformat.write(nb, path)
     assert key == runs.run_key(path)  # outputs, ids and prose are not what a result depends on
-    monkeypatch.setattr(runs, "_library", lambda: "changed")
+    monkeypatch.setattr(runs, "source_hash", lambda: "changed")
     assert key != runs.run_key(path)
 
 def test_the_import_is_light():

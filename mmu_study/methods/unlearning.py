@@ -9,7 +9,7 @@ __all__ = ['POSITIVE', 'NOT_NEGATIVE', 'Method', 'Unlearned', 'register', 'metho
            'on_paper', 'memory_need', 'supported']
 
 # %% ../../nbs/methods/10_unlearning.ipynb #0506dd94
-import copy, hashlib, itertools, json, random, re, resource, sys, time
+import copy, hashlib, itertools, json, random, resource, sys, time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -27,12 +27,10 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
-import mmu_study
-
 from ..batches import encode, rows
 from ..models import MLLM, PART_NAMES, PARTS, READERS, lora_layers, tiny, with_lora
 from ..records import KINDS, MODALITIES, ForgetRequest, table, where
-from ..settings import InputError, build_once, key_of
+from ..settings import InputError, build_once, key_of, source_hash
 from ..training import Diverged
 
 # %% ../../nbs/methods/10_unlearning.ipynb #fc4ca0cf
@@ -231,11 +229,7 @@ def _plain(value):
     if isinstance(value, dict): return digest_of_tensors(sorted(value.items()))
     return digest_of_model(value) if isinstance(value, MLLM) else value
 
-@lru_cache
-def _source() -> str:
-    "A hash of the library's code, since it decides what a product holds."
-    files = sorted(f for f in Path(mmu_study.__file__).parent.rglob("*.py") if f.name != "_modidx.py")
-    return _digest(re.sub(r"(?m)^# %% .*$", "", f.read_text()).encode() for f in files)
+_source = lru_cache(source_hash)  # of the code that this process has read, which decides what a product holds
 
 def _machine(device: torch.device) -> dict:
     "What else the last bits depend on."
