@@ -9,7 +9,6 @@ __all__ = ['sweep', 'status', 'collect', 'study', 'build', 'methods', 'finetune'
 import argparse, os, shutil, signal, sys
 from dataclasses import fields
 from importlib import import_module
-from inspect import signature
 from pathlib import Path
 from pkgutil import iter_modules
 from threading import current_thread, main_thread
@@ -91,26 +90,17 @@ def _pairs(flag: str, texts: list[str], example: str) -> dict[str, str]:
 
 def _benchmark(text: str, forget_pct: float, forget_seed: int, options=(), general=()):
     "The split that `--benchmark` names."
-    from mmu_study.benchmarks import BENCHMARKS, load_benchmark
-    from mmu_study.faceworld import PRESETS, Faceworld
-    name, _, source = text.partition(":")
-    if text not in PRESETS and Path(text).is_dir(): name, source = "folder" if (Path(text)/"people.csv").is_file() else "mllmu", text
+    from mmu_study.subjects import split_named
     given = {n: read_value(v, None) for n, v in _pairs("--option", options, "NAME=VALUE, such as released=true").items()}
-    if name in BENCHMARKS and source:
-        known = signature(BENCHMARKS[name].read).parameters
-        drawn = {n: v for n, v in dict(forget_pct=forget_pct, seed=forget_seed).items() if n in known and not (n == "forget_pct" and "forget" in given)}
-        return load_benchmark(name, source, general=list(general), **drawn | given)
-    if given or general: raise InputError(f"--option and --general are for benchmarks that are read, and {text!r} is none.")
-    if text in PRESETS: return Faceworld.preset(text).split(forget_pct, forget_seed)
-    raise InputError(f"There is no benchmark {text!r}; name a folder in the schema of MLLMU-Bench or with a people.csv, NAME:FOLDER_OR_HUB_ID with one of {', '.join(BENCHMARKS)}, or a size of the embedded world ({', '.join(PRESETS)}).")
+    return split_named(text, forget_pct, forget_seed, given, general)
 
 def _model(model: str, dtype: str, device: str | None, **options):
     import torch
     from mmu_study.models import MLLM
+    from mmu_study.subjects import own_device
     from mmu_study.training import use_threads
     use_threads()
-    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"  # each of several processes has its own
-    return MLLM.load(model, getattr(torch, dtype), device or own, **options)
+    return MLLM.load(model, getattr(torch, dtype), device or own_device(), **options)
 
 def _register():
     "Import all methods, so that they are known by their names."
