@@ -65,9 +65,20 @@ def _study(name: str, preset: str | None, parameters: list) -> Grid:
     if preset is not None: raise InputError(f"The study {short} has no presets, since there is no {short}.yaml in {path_of('data').name}/grids; give its parameters with -p.")
     return grid_of(known[short], [given], name=short)
 
-def study(names, preset=None, parameters=()) -> int:
+def _show_plan(grids: list[Grid]) -> int:
+    from mmu_study.sweeps import plan
+    for grid in grids:
+        table = plan(grid)
+        show, left = lambda v, digits: "-" if v != v else f"{v:,.{digits}f}", table[table.state != "done"]
+        print(f"{grid.name}: {total(table)}\n{'page':16}  state    seconds     GiB  parameters")
+        for r in table.itertuples(): print(f"{r.notebook:16}  {r.state:7}  {show(r.seconds, 0):>7}  {show(r.gib, 2):>6}  {r.label}".rstrip())
+        print(f"left: {len(left)} runs, about {left.seconds.sum()/60:,.0f} minutes one after the other" + f", and {n} of unknown length"*bool(n := int(left.seconds.isna().sum())))
+    return 0
+
+def study(names, preset=None, parameters=(), plan=False) -> int:
     "Execute notebooks of nbs/studies; what is done already is not made again, what failed is."
     grids = [_study(name, preset, parameters) for name in names]
+    if plan: return _show_plan(grids)
     return max(_report(grid, sweep_grid(grid, retry_failed=True)) for grid in grids)
 
 # %% ../nbs/runs/33_cli.ipynb #a3eb1d39
@@ -233,7 +244,8 @@ _COMMANDS = {
         ("--partial", dict(action="store_true", help="take what is done, also if runs are missing"))]),
     study: ("mmu-study study first_look --preset quick -p publish true", [("names", dict(nargs="+", metavar="NAME", help="a notebook in nbs/studies, with or without its number")),
         ("--preset", dict(metavar="NAME", help="its size: one of the presets in data/grids/NAME.yaml (default: the smallest, which is what the notebook says)")),
-        (("-p", "--parameters"), dict(nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="a parameter of the notebook; again for each")),]),
+        (("-p", "--parameters"), dict(nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="a parameter of the notebook; again for each")),
+        ("--plan", dict(action="store_true", help="execute nothing; show the runs that are needed, with the seconds that runs like them took here, and the memory of their methods"))]),
     build: ("mmu-study build --world quick --forget-pct 10", [("--world", dict(default="quick", metavar="SIZE", help="smoke, quick, full or large (default: quick)")), ("--seed", dict(type=int, default=0, metavar="N", help="another world of that size (default: 0)")),
         ("--forget-pct", dict(type=_positive(float), metavar="PCT", help="also the oracle that never met so many per cent of the people")), ("--forget-seed", dict(type=int, default=0, metavar="N", help="another choice of them (default: 0)"))]),
     methods: ("", []),
