@@ -264,6 +264,17 @@ def test_pruned_units_are_silent_and_come_back(mllm, request_, unit, tmp_path):
     assert changed(before, own) == set() and again.removed == {}
     with pytest.raises(InputError, match="not applied"): again.undo(own)
 
+def test_what_earlier_requests_pruned_is_no_candidate(mllm, request_):
+    "In a long sequence a whole part may be gone; the others are still pruned, and a model without any live neuron is refused."
+    def without(*parts):
+        own = mllm.copy()
+        gone = sites(own, "hidden", parts)
+        PruneMask("hidden", {s.name: np.arange(s.width) for s in gone}).apply(own)
+        return own
+    done = MANU(alpha=20.).unlearn(without("vision"), request_)
+    assert done.diagnostics["candidates"]["vision"] == 0 < done.diagnostics["candidates"]["language"] and not done.diagnostics["pruned"]["vision"] and done.diagnostics["pruned"]["language"]
+    with pytest.raises(Diverged, match="^MANU: no neuron is left that the answer to a picture depends on.$"): MANU(alpha=20.).unlearn(without("vision", "language"), request_)
+
 def test_undo_refuses_another_model(mllm):
     mask = some_mask(mllm, "hidden")
     mask.apply(mllm.copy())

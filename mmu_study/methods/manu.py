@@ -478,7 +478,7 @@ class MANU(Method):
         "Score the candidates. The model's weights must take gradients; they are not changed."
         forget, retain = self.forget_records(request), self.retain_records(request)
         if self.audit: return aliased_scores(mllm, forget, retain, self._parts, self.seed, self.weights, self.eps), {}
-        where_ = self.candidates(mllm)
+        if not (where_ := self.candidates(mllm)): raise Diverged("MANU: no neuron is left that the answer to a picture depends on.")  # earlier requests may have pruned them
         if self.rank_by == "random": return {s: torch.rand(s.width, generator=torch.Generator().manual_seed(self.seed*10**6 + i)) for i, s in enumerate(where_)}, {}
         if self.rank_by == "magnitude": return weight_norms(mllm, where_), {}
         if self.rank_by == "taylor":
@@ -487,7 +487,7 @@ class MANU(Method):
             return {s: f[s.name] - r[s.name] for s in where_}, {}
         f, r = ({s: self.important(sums, s) for s in where_} for sums in (self.statistics(mllm, d, where_) for d in (forget, retain)))
         score = paper_score if self.formulas == "paper" else released_score
-        share = {part: torch.cat([f[s][2]/f[s].sum(0).clamp(min=self.eps) for s in where_ if s.part == part]).mean().item() for part in self._parts}
+        share = {part: torch.cat([f[s][2]/f[s].sum(0).clamp(min=self.eps) for s in where_ if s.part == part]).mean().item() for part in dict.fromkeys(s.part for s in where_)}
         return {s: score(f[s], r[s], self.weights, self.eps) for s in where_}, dict(variance_share=share, note=_NOTE if self.formulas == "paper" and "vision" in self._parts else "")
 
     def statistics(self, mllm: MLLM, records: Dataset, where_: list[Site]) -> dict[str, dict[Site, torch.Tensor]]:
@@ -525,7 +525,7 @@ class MANU(Method):
             if watch: watched += _show(watch, 1, own)
         candidates = {part: sum(s.width for s in scores if s.part == part) for part in self._parts}
         pruned = pruned_by(mask, scores).groupby(["part", "layer"]).pruned.sum()
-        pruned = {part: {str(layer): int(n) for layer, n in pruned[part].items()} for part in self._parts}
+        pruned = {part: {str(layer): int(n) for (p, layer), n in pruned.items() if p == part} for part in self._parts}
         records = dict(forget=len(self.forget_records(request)), retain=len(self.retain_records(request) or ()))
         log = pd.DataFrame([dict(step=1, pruned=len(mask), candidates=sum(candidates.values()))])
         return Unlearned(own, log, diagnose(self, mllm, own, 1, records, pruned=pruned, candidates=candidates, **facts), time.perf_counter() - began - watched, peak_bytes(mllm.device))
