@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODELS', 'METHODS', 'STYLE', 'WIDTH', 'THEME', 'GROUPS', 'Style', 'style', 'use_theme', 'summarize', 'contrast',
            'Group', 'with_groups', 'heatmap_knowledge', 'trajectories', 'frontier', 'compare', 'save_figure',
-           'save_table']
+           'save_table', 'published', 'save_claims', 'collect_claims']
 
 # %% ../nbs/runs/31_reporting.ipynb #2c8692ff
 import hashlib, io, json, textwrap
@@ -22,6 +22,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from .claims import CLAIMS, VERDICTS, Claim, verdicts
 from .records import MODALITIES, TASKS
 from .runs import provenance
 from .settings import InputError, atomic_file, path_of, write_json
@@ -482,3 +483,53 @@ def save_table(
         md=_markdown(cells.where(~best, "**" + cells + "**").rename(columns=head), right) + (f"\n{caption}\n" if caption else ""),
         tex=tex.style.hide(axis="index").to_latex(hrules=True, column_format="".join("lr"[r] for r in right), caption=caption.translate(_TEX) or None, label=f"tab:{name}", position_float="centering"))
     return _save(folder, name, {suffix: text.encode() for suffix, text in files.items()}, note=caption, **facts)
+
+# %% ../nbs/runs/31_reporting.ipynb #a38910e5
+def published(
+    **wanted,  # column=value, or column=[values]: work, model, benchmark, forget_pct, method, metric, split, modality, trust
+) -> pd.DataFrame:  # the rows, with source and trust
+    "Numbers that others report. `InputError` for a column or value that there is not."
+    found = pd.read_csv(path_of("data")/"published.csv", dtype=str, keep_default_na=False)
+    for column, values in wanted.items():
+        if column not in found: raise InputError(f"Published numbers have no column {column!r}; they have {', '.join(found)}.")
+        values = [values] if isinstance(values, str) else list(values)
+        if strange := set(values) - set(found[column]): raise InputError(f"No published number here has {column} {sorted(strange)[0]!r}; there are {', '.join(sorted(set(found[column])))}.")
+        found = found[found[column].isin(values)]
+    return found.reset_index(drop=True)
+
+# %% ../nbs/runs/31_reporting.ipynb #fe50bd6a
+def save_claims(
+    judged: pd.DataFrame,  # from `judge`: claim, part, method, difference, low, high, facts, verdict, and what else sets rows apart, such as arm
+    folder,
+    claims: dict[str, Claim] = CLAIMS,  # id -> the claim
+    **facts,  # as `save_table`, with `seeds`
+) -> pd.DataFrame:  # what is shown: differences in points
+    "Write a study's claims: `claims.csv` with statements and all digits, md and tex in points."
+    about = judged.assign(paper=[claims[c].paper for c in judged.claim], statement=[claims[c].statement for c in judged.claim], published=[claims[c].published for c in judged.claim])
+    shown = judged.assign(points=[f"{100*r.difference:+.0f} [{100*r.low:+.0f}, {100*r.high:+.0f}]" for r in judged.itertuples()])
+    shown = shown[[*(c for c in ("claim", "method", "arm", "part") if c in shown), "points", "facts", "verdict"]]
+    words = "; ".join(f"{c}: {claims[c].statement} Published: {claims[c].published}." for c in dict.fromkeys(judged.claim))
+    save_table(shown, folder, "claims", numbers=about, caption=f"Differences in points with 95 % intervals, paired over facts. {words}", **facts)
+    return shown
+
+def collect_claims(
+    folder=None,  # where the studies' folders are; the study's `figures`
+    claims: dict[str, Claim] = CLAIMS,  # for studies that have saved no statements
+) -> pd.DataFrame:  # study, claim, paper, statement, published, method, arm, part, difference, low, high, facts, seeds, verdict, commit
+    "Put the claims of all studies together, as `claims.csv`, md and tex in that folder: the csv has every part, md and tex one row a claim and study. `InputError` if there are none."
+    folder, found = Path(folder or path_of("figures")), []
+    for file in sorted(folder.glob("*/claims.csv")):
+        about = json.loads(file.with_suffix(".json").read_text())
+        part = pd.read_csv(file, dtype=dict(claim=str)).assign(study=file.parent.name, seeds=len(about["seeds"]["world"]), commit=about["provenance"]["commit"])
+        for column in ("paper", "statement", "published"):
+            if column not in part: part[column] = [getattr(claims.get(c), column, "") for c in part.claim]
+        found.append(part.assign(arm=part.arm if "arm" in part else ""))
+    if not found: raise InputError(f"No study in {folder} has claims; run one with -p publish true.")
+    columns = ["study", "claim", "paper", "statement", "published", "method", "arm", "part", "difference", "low", "high", "facts", "seeds", "verdict", "commit"]
+    every = pd.concat(found, ignore_index=True).fillna(dict(arm=""))[columns]
+    together = verdicts(every, ("study", "claim", "method", "arm"))
+    named = lambda of: ", ".join(dict.fromkeys(of.method)) or "–"
+    rows = [dict(study=s, claim=c, paper=(first := every[(every.study == s) & (every.claim == c)].iloc[0]).paper, statement=first.statement, **{v: named(of[of.verdict == v]) for v in VERDICTS}, seeds=first.seeds)
+        for (s, c), of in together.groupby(["study", "claim"], sort=False)]
+    save_table(pd.DataFrame(rows), folder, "claims", numbers=every, caption="What papers claim and what their claims come to in the embedded world: for which methods every part is supported, one is contradicted, or neither. Intervals are in claims.csv and in the studies.")
+    return every
