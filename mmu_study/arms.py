@@ -73,6 +73,7 @@ class Gathered:
     unlearned: pd.DataFrame  # columns of `evaluate`, method (its label), arm, step, strength, own, way, seed, forget_pct
     facts: pd.DataFrame  # a row an arm, strength and setting: arm, seed, forget_pct, strength, own, seconds, peak_bytes, diagnostics; diverged where it did
     runs: list[Run]
+    also: list[Run] = field(default_factory=list)  # of other pages
 
     @cached_property
     def final(self) -> pd.DataFrame:
@@ -104,6 +105,7 @@ def gather(
     settings: list[dict],  # from `settings_of`
     preset: str = "embedded",  # of arms that name none
     jobs: int = 2,  # runs at a time; if several, each has one thread
+    also: list[tuple] = (),  # notebook and parameters of further runs
 ) -> Gathered:
     "Run every arm in every setting, and score the models there. Errors as `execute_all`."
     pages = {n: root()/f"nbs/studies/{n}.ipynb" for n in ("37_models", "38_unlearn")}
@@ -111,11 +113,11 @@ def gather(
     given = lambda page, s, **more: (pages[page], {k: v for k, v in s.items() if k in takes[page]} | more)  # an oracle, say, is only scored
     todo = [(s, None) for s in settings] + [(s, name) for s in settings for name, a in arms.items() if not a.at or s["forget_pct"] in a.at]
     unlearn = lambda s, a: given("38_unlearn", s, method=a.method, preset=a.preset or preset, overrides=a.overrides, strengths=a.strengths, points=a.points, threads=int(jobs > 1))
-    runs = execute_all([given("37_models", s) if name is None else unlearn(s, arms[name]) for s, name in todo], jobs)
+    runs = execute_all([given("37_models", s) if name is None else unlearn(s, arms[name]) for s, name in todo] + list(also), jobs)
     named = lambda s: dict(seed=f"{s.get('world_seed', 0)}/{s['forget_seed']}", forget_pct=s["forget_pct"])
     scored = [r.scores().assign(**named(s), **({} if name is None else dict(arm=name))) for r, (s, name) in zip(runs, todo)]
     facts = [dict(arm=name, **named(s), **f) for r, (s, name) in zip(runs, todo) if name is not None for f in json.loads((r.path/"unlearned.json").read_text())]
-    return Gathered(pd.concat(scored[:len(settings)], ignore_index=True), pd.concat(scored[len(settings):], ignore_index=True), pd.DataFrame(facts), runs)
+    return Gathered(pd.concat(scored[:len(settings)], ignore_index=True), pd.concat(scored[len(settings):], ignore_index=True), pd.DataFrame(facts), runs, runs[len(todo):])
 
 # %% ../nbs/runs/35_arms.ipynb #0250c653
 def main_table(
