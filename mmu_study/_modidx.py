@@ -7,6 +7,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mmu_study.arms.Gathered.final': ('runs/arms.html#gathered.final', 'mmu_study/arms.py'),
                                 'mmu_study.arms.Gathered.of': ('runs/arms.html#gathered.of', 'mmu_study/arms.py'),
                                 'mmu_study.arms.aspect': ('runs/arms.html#aspect', 'mmu_study/arms.py'),
+                                'mmu_study.arms.forest': ('runs/arms.html#forest', 'mmu_study/arms.py'),
                                 'mmu_study.arms.gather': ('runs/arms.html#gather', 'mmu_study/arms.py'),
                                 'mmu_study.arms.halfway': ('runs/arms.html#halfway', 'mmu_study/arms.py'),
                                 'mmu_study.arms.judged': ('runs/arms.html#judged', 'mmu_study/arms.py'),
