@@ -178,7 +178,7 @@ def forest(
     for ax, what in zip(axes[0], aspects):
         for y, name in enumerate(rows):
             m, s = summarize(found.of(name, what, forget_pct), []).iloc[0], style(label.get(name, name))
-            ax.plot([m.low, m.high], [y, y], color=s.color, lw=1); ax.plot(m["mean"], y, s.marker, color=s.color, ms=4*s.size, mec="white", mew=.4)
+            ax.plot([m.low, m.high], [y, y], color=s.color, lw=1); ax.plot(m["mean"], y, marker=s.marker, ls="", color=s.color, ms=4.5*s.size, mec="white", mew=.4)
         ax.set(xlim=(-.04, 1.04), xticks=[0, .5, 1], xticklabels=["0", ".5", "1"]); ax.set_title(what.replace(", ", ",\n").replace(" of ", "\nof ").capitalize(), fontsize=7)
         ax.axhline(len(rows) - len(arms) - .5, color="#BBBBBB", lw=.6); ax.grid(axis="x"); sns.despine(ax=ax)
     axes[0, 0].set_yticks(range(len(rows)), rows, fontsize=7); axes[0, 0].set_ylim(len(rows) - .4, -.6)
