@@ -148,7 +148,7 @@ def contrast(
     metric: str = "accuracy",
     n_boot: int = 2000,
     seed: int = 0,
-) -> pd.DataFrame:  # `by`, a, b (means over the common units), difference a − b, low, high, facts (common units)
+) -> pd.DataFrame:  # `by`, a, b (means over the common units), difference a − b, low, high, facts (common units), and seeds (of them) where there is a column `seed`
     "Paired difference of two arms with its 95 % bootstrap interval. Raises `InputError` if the arms have no unit in common."
     if ("seed" in scores_a) != ("seed" in scores_b): raise InputError("Only one of the two arms has a column 'seed'; units are paired within seeds, so both need it or neither.")
     by, rows = _listed(by), []
@@ -158,7 +158,8 @@ def contrast(
     for group, part in _groups(common, by):
         mean_a, mean_b = (part[f"sum_{s}"].sum()/part[f"count_{s}"].sum() for s in "ab")
         resampled = _resampled(part.sum_a, part.count_a, n_boot, seed) - _resampled(part.sum_b, part.count_b, n_boot, seed) if len(part) > 1 else [np.nan]
-        rows.append(dict(zip(by, group)) | dict(a=mean_a, b=mean_b, difference=mean_a - mean_b, **_interval(resampled), facts=len(part)))
+        seeds = dict(seeds=part.seed.nunique()) if "seed" in part else {}
+        rows.append(dict(zip(by, group)) | dict(a=mean_a, b=mean_b, difference=mean_a - mean_b, **_interval(resampled), facts=len(part), **seeds))
     return pd.DataFrame(rows)
 
 # %% ../nbs/runs/31_reporting.ipynb #75087a79
@@ -520,7 +521,8 @@ def collect_claims(
     folder, found = Path(folder or path_of("figures")), []
     for file in sorted(folder.glob("*/claims.csv")):
         about = json.loads(file.with_suffix(".json").read_text())
-        part = pd.read_csv(file, dtype=dict(claim=str)).assign(study=file.parent.name, seeds=len(about["seeds"]["world"]), commit=about["provenance"]["commit"])
+        part = pd.read_csv(file, dtype=dict(claim=str)).assign(study=file.parent.name, commit=about["provenance"]["commit"])
+        if "seeds" not in part: part["seeds"] = len(about["seeds"]["world"])
         for column in ("paper", "statement", "published"):
             if column not in part: part[column] = [getattr(claims.get(c), column, "") for c in part.claim]
         found.append(part.assign(arm=part.arm if "arm" in part else ""))
@@ -528,7 +530,9 @@ def collect_claims(
     columns = ["study", "claim", "paper", "statement", "published", "method", "arm", "part", "difference", "low", "high", "facts", "seeds", "verdict", "commit"]
     every = pd.concat(found, ignore_index=True).fillna(dict(arm=""))[columns]
     together = verdicts(every, ("study", "claim", "method", "arm"))
-    named = lambda of: ", ".join(dict.fromkeys(of.method)) or "–"
+    several = together.groupby(["study", "claim"]).arm.transform("nunique") > 1
+    together["who"] = together.method.where(~several, together.method + " (" + together.arm + ")")
+    named = lambda of: ", ".join(of.who) or "–"
     rows = [dict(study=s, claim=c, paper=(first := every[(every.study == s) & (every.claim == c)].iloc[0]).paper, statement=first.statement, **{v: named(of[of.verdict == v]) for v in VERDICTS}, seeds=first.seeds)
         for (s, c), of in together.groupby(["study", "claim"], sort=False)]
     save_table(pd.DataFrame(rows), folder, "claims", numbers=every, caption="What papers claim and what their claims come to in the embedded world: for which methods every part is supported, one is contradicted, or neither. Intervals are in claims.csv and in the studies.")
