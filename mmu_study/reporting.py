@@ -517,7 +517,7 @@ def collect_claims(
     folder=None,  # where the studies' folders are; the study's `figures`
     claims: dict[str, Claim] = CLAIMS,  # for studies that have saved no statements
 ) -> pd.DataFrame:  # study, claim, paper, statement, published, method, arm, part, difference, low, high, facts, seeds, verdict, commit
-    "Put the claims of all studies together, as `claims.csv`, md and tex in that folder: the csv has every part, md and tex one row a claim and study. `InputError` if there are none."
+    "Put the claims of all studies together, as `claims.csv`, md and tex in that folder: the csv has every part, md and tex one row a claim, study and arm. `InputError` if there are none."
     folder, found = Path(folder or path_of("figures")), []
     for file in sorted(folder.glob("*/claims.csv")):
         about = json.loads(file.with_suffix(".json").read_text())
@@ -530,10 +530,8 @@ def collect_claims(
     columns = ["study", "claim", "paper", "statement", "published", "method", "arm", "part", "difference", "low", "high", "facts", "seeds", "verdict", "commit"]
     every = pd.concat(found, ignore_index=True).fillna(dict(arm=""))[columns]
     together = verdicts(every, ("study", "claim", "method", "arm"))
-    several = together.groupby(["study", "claim"]).arm.transform("nunique") > 1
-    together["who"] = together.method.where(~several, together.method + " (" + together.arm + ")")
-    named = lambda of: ", ".join(of.who) or "–"
-    rows = [dict(study=s, claim=c, paper=(first := every[(every.study == s) & (every.claim == c)].iloc[0]).paper, statement=first.statement, **{v: named(of[of.verdict == v]) for v in VERDICTS}, seeds=first.seeds)
-        for (s, c), of in together.groupby(["study", "claim"], sort=False)]
+    named = lambda of: ", ".join(of.method) or "–"
+    rows = [dict(study=s, claim=c, paper=(first := every[(every.study == s) & (every.claim == c) & (every.arm == a)].iloc[0]).paper, statement=first.statement, arm=a, **{v: named(of[of.verdict == v]) for v in VERDICTS}, seeds=first.seeds)
+        for (s, c, a), of in together.groupby(["study", "claim", "arm"], sort=False)]
     save_table(pd.DataFrame(rows), folder, "claims", numbers=every, caption="What papers claim and what their claims come to in the embedded world: for which methods every part is supported, one is contradicted, or neither. Intervals are in claims.csv and in the studies.")
     return every
