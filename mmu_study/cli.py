@@ -72,7 +72,8 @@ def _show_plan(grids: list[Grid]) -> int:
         show, left = lambda v, digits: "-" if v != v else f"{v:,.{digits}f}", table[table.state != "done"]
         print(f"{grid.name}: {total(table)}\n{'page':16}  state    seconds     GiB  parameters")
         for r in table.itertuples(): print(f"{r.notebook:16}  {r.state:7}  {show(r.seconds, 0):>7}  {show(r.gib, 2):>6}  {r.label}".rstrip())
-        print(f"left: {len(left)} runs, about {left.seconds.sum()/60:,.0f} minutes one after the other" + f", and {n} of unknown length"*bool(n := int(left.seconds.isna().sum())))
+        unknown = int(left.seconds.isna().sum())
+        print(f"left: {len(left)} run{'s'*(len(left) != 1)}, about {left.seconds.sum()/60:,.0f} minutes one after the other" + f", and {unknown} of unknown length"*bool(unknown))
     return 0
 
 def study(names, preset=None, parameters=(), plan=False) -> int:

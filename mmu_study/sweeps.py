@@ -7,7 +7,7 @@ __all__ = ['EXECUTORS', 'GridRun', 'Grid', 'grid_of', 'load_grid', 'held', 'stat
            'commands', 'collect']
 
 # %% ../nbs/runs/32_sweeps.ipynb #7c977bc3
-import itertools, json, math, os, shlex, shutil, sys, tempfile, time
+import itertools, json, math, os, re, shlex, shutil, sys, tempfile, time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,7 +177,7 @@ def plan(
     found = []
     with tempfile.TemporaryDirectory() as d:
         for page in grid.runs:
-            if "execute_all(" not in page.notebook.read_text(): found.append(dict(notebook=str(page.notebook), parameters=page.given, key=page.folder.name)); continue
+            if not re.search(r"\b(execute_all|gather)\(", page.notebook.read_text()): found.append(dict(notebook=str(page.notebook), parameters=page.given, key=page.folder.name)); continue
             file = Path(d)/"plan.json"
             try: execute(page.notebook, page.given, runs_dir=d, progress=False, environment={PLAN: str(file)})
             except RunFailed:

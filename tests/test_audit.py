@@ -129,7 +129,8 @@ def test_only_the_released_scoring_is_blind(page, mllm, world):
     one, other = (rows(where(world.records, entity=e, modality="vqa"), [0])[0] for e in ("fictitious-000", "fictitious-001"))
     pair = to_records([dict(one, uid=str(i), image=r["image"]) for i, r in enumerate((one, other))])  # the same question about two people
     likely = lambda records: evaluate(mllm, records).query("metric == 'probability'").value.tolist()
-    assert len(set(likely(page.blind(pair)))) == 1 < len(set(likely(pair)))
+    (a, b), (c, d) = likely(page.blind(pair)), likely(pair)
+    assert a == pytest.approx(b, rel=1e-4) and c != pytest.approx(d, rel=1e-4)  # of a batch, so equal but for rounding
 
 # A7
 

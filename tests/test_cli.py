@@ -108,6 +108,16 @@ def test_studies_by_name_with_presets_and_parameters(tmp_path, said):
     assert said("study", "41_toy", "-p", "seed", 7)[:2] == (0, "toy: 1 run: 1 done\n")
     assert said("status", "toy")[1].splitlines()[0] == "toy: 1 run: 1 missing"  # a grid by its name
 
+def test_a_plan_executes_nothing(tmp_path, said):
+    leaf = notebook(tmp_path/"nbs/studies/38_leaf.ipynb")
+    notebook(tmp_path/"nbs/studies/41_page.ipynb", f"from mmu_study.runs import execute_all\nexecute_all([({str(leaf)!r}, dict(seed=s)) for s in seeds])", settings="seeds: list = [1, 2]  # which")
+    code, out, err = said("study", "page", "--plan")
+    assert code == 0 and out.splitlines()[0] == "page: 2 runs: 2 missing" and out.splitlines()[-1] == "left: 2 runs, about 0 minutes one after the other, and 2 of unknown length", err
+    assert not Path("log").exists() and not list(tmp_path.glob("data/runs/*/run.json"))
+    assert run("study", "page")[0] == 0 and len(Path("log").read_text().splitlines()) == 2
+    out = said("study", "page", "-p", "seeds", "[1, 2, 3]", "--plan")[1].splitlines()
+    assert out[0] == "page: 3 runs: 2 done, 1 missing" and out[-1].startswith("left: 1 run, about 0 minutes") and "unknown" not in out[-1]
+
 def test_ones_own_checkpoint_is_unlearned_and_scored(tmp_path, said, checkpoint, benchmark):
     code, out, _ = said("unlearn", "--model", checkpoint, "--benchmark", benchmark, "--method", "graddiff", "--set", "lora=0", "--set", "steps=2", "--set", "parts=[language]", "--set", "lr=1e-2", "--out", "new")
     assert code == 0 and re.fullmatch(r"new: GradDiff, 2 steps, \d+ s, [\d.]+ GiB at its peak; 1 people forgotten\n", out), out
