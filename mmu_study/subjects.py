@@ -38,7 +38,7 @@ def split_named(
         known = signature(BENCHMARKS[name].read).parameters
         drawn = {n: v for n, v in dict(forget_pct=forget_pct, seed=forget_seed).items() if n in known and not (n == "forget_pct" and "forget" in given)}
         return load_benchmark(name, source, general=list(general), **drawn | given)
-    if given or general: raise InputError(f"--option and --general are for benchmarks that are read, and {text!r} is none.")
+    if given or general: raise InputError(f"Options of a reader and general questions (--option, --general) are for benchmarks that are read, and {text!r} is none.")
     if text in PRESETS: return Faceworld.preset(text).split(forget_pct, forget_seed)
     raise InputError(f"There is no benchmark {text!r}; name a folder in the schema of MLLMU-Bench or with a people.csv, NAME:FOLDER_OR_HUB_ID with one of {', '.join(BENCHMARKS)}, or a size of the embedded world ({', '.join(PRESETS)}).")
 

@@ -153,9 +153,8 @@ def total(
     return f"{len(table)} run{'s'*(len(table) > 1)}: " + ", ".join(f"{counts[s]} {s}" for s in ("done", "running", "failed", "missing") if s in counts)
 
 # %% ../nbs/runs/32_sweeps.ipynb #014f11be
-def _likely(folder: Path, notebook: Path, wanted: dict) -> float:
-    "Seconds of the finished runs of a notebook that share most parameters with these; NaN if there is none."
-    done = [json.loads(f.read_text()) for f in folder.glob("*/run.json")]
+def _likely(done: list[dict], notebook: Path, wanted: dict) -> float:
+    "Seconds of those finished runs of a notebook that share most parameters with these; NaN if there is none."
     alike = [(sum(r["parameters"].get(n) == v for n, v in wanted.items()), r["seconds"]) for r in done if Path(r["notebook"]).name == notebook.name]
     return float(pd.Series([s for n, s in alike if n == max(alike)[0]]).median()) if alike else math.nan
 
@@ -186,9 +185,10 @@ def plan(
     found = {r["key"]: r for r in found}.values()
     varies = [n for n in dict.fromkeys(n for r in found for n in r["parameters"]) if len({json.dumps(r["parameters"].get(n)) for r in found}) > 1]
     rows, folder = [], grid.runs[0].folder.parent
+    done = [json.loads(f.read_text()) for f in folder.glob("*/run.json")]
     for r in found:
         label, known = " ".join(f"{n}={r['parameters'][n]}" for n in varies if n in r["parameters"]), state_of(GridRun(Path(r["notebook"]), r["parameters"], folder/r["key"], ""))
-        rows.append(dict(notebook=Path(r["notebook"]).stem, label=label, state=known["state"], seconds=known["seconds"] if known["state"] == "done" else _likely(folder, Path(r["notebook"]), r["parameters"]), gib=_gib(r["parameters"])))
+        rows.append(dict(notebook=Path(r["notebook"]).stem, label=label, state=known["state"], seconds=known["seconds"] if known["state"] == "done" else _likely(done, Path(r["notebook"]), r["parameters"]), gib=_gib(r["parameters"])))
     return pd.DataFrame(rows)
 
 # %% ../nbs/runs/32_sweeps.ipynb #ebc20f87

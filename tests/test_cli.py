@@ -82,7 +82,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(said, tmp_path, benchmark, ch
             (["finetune", *ours, "--preset", "best", "--out", "new"], "There is no preset 'best' for fine-tuning; there are mllmu, clear"), (["finetune", *ours, "--preset", "umu", "--out", "new"], "learns from vqa and qa records"),
             (["finetune", *ours, "--preset", "mllmu", "--set", "rate=1", "--out", "new"], "Tuning has no parameter 'rate'"), (["finetune", *ours, "--preset", "mllmu", "--out", "full"], "full exists"),
             (["evaluate", *ours, "--option", "shots"], "--option takes NAME=VALUE"), (["evaluate", *ours, "--option", "shots=1"], "The benchmark 'mllmu' has no option shots; it has forget_pct"),
-            (["evaluate", "--model", checkpoint, "--benchmark", "smoke", "--general", "pope:x"], "--option and --general are for benchmarks that are read"), (["evaluate", *ours, "--general", "mmmu:x"], "General questions 'mmmu:x' cannot be added"),
+            (["evaluate", "--model", checkpoint, "--benchmark", "smoke", "--general", "pope:x"], "Options of a reader and general questions (--option, --general) are for benchmarks that are read"), (["evaluate", *ours, "--general", "mmmu:x"], "General questions 'mmmu:x' cannot be added"),
             (["evaluate", *ours, "--forget-pct", "7"], "MLLMU-Bench has no forget_pct 7"), (["evaluate", *ours, "--dtype", "int8"], "invalid choice: 'int8'")]:
         code, out, err = said(*argv)
         assert (code, out) == (2, "") and says in err and err.count("\n") == 1, (argv, err)
