@@ -2,8 +2,7 @@
 # Another environment (conda, a container) is used with `make study BIN=/path/to/its/bin`: then nothing is installed.
 PYTHON ?= python3
 PRESET ?= quick
-FORGET_PCT ?= 10
-STUDY ?= nbs/studies/39_first_look.ipynb
+STUDIES := overview mmunlearner manu null_space_cvf pulse robustness audit
 README ?= README.md
 BIN := .venv/bin
 READY := $(if $(filter .venv/bin,$(BIN)),.venv/.stamp)
@@ -17,13 +16,16 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help study test pytest notebooks readme export clean-notebooks lab
+.PHONY: help study studies test pytest notebooks readme export clean-notebooks lab
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' Makefile
 
-study: $(READY) ## make the world, train, unlearn, score, draw the figures (PRESET=smoke|quick|full)
-	$(BIN)/python -m mmu_study.runs $(STUDY) -p world $(PRESET) -p forget_pct $(FORGET_PCT) -p publish true
+study: $(READY) ## make a world, train, unlearn with every method, score, draw the figures (PRESET=smoke|quick|full)
+	$(BIN)/python -m mmu_study.cli study overview --preset $(PRESET)
+
+studies: $(READY) ## the overview, a page for every paper and protocol, and the audit of released code (PRESET as above)
+	$(BIN)/python -m mmu_study.cli study $(STUDIES) --preset $(PRESET)
 
 test: $(READY) ## all tests, those in tests/ and the notebooks side by side
 	$(MAKE) --no-print-directory -j2 pytest notebooks

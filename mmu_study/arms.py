@@ -8,7 +8,7 @@ __all__ = ['ASPECTS', 'Arm', 'settings_of', 'aspect', 'Gathered', 'gather', 'mai
 
 # %% ../nbs/runs/36_arms.ipynb #37889e26
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import matplotlib.pyplot as plt
@@ -30,8 +30,10 @@ class Arm:
     overrides: dict = field(default_factory=dict)  # fields that differ from the preset
     preset: str = ""  # empty: the study's
     strengths: str = "own"  # as in the run page `38_unlearn`
-    points: int = 1  # how often it is scored on its way, the end included
+    gridded: int = 0  # those strengths in so many of the worlds, the preset's own in the others; 0: in all
+    points: int = 3  # how often it is scored on its way, the end included; the same in all studies, which so share their runs
     at: tuple[float, ...] = ()  # forget percentages; empty: all of the study
+    worlds: int = 0  # in so many of the worlds; 0: in all
 
 def settings_of(
     world: str,  # size of the embedded world
@@ -82,6 +84,16 @@ class Gathered:
         return own[own.step == own.groupby(["arm", "seed", "forget_pct"]).step.transform("max")]
 
     @property
+    def answers(self) -> pd.DataFrame:
+        "Models and the last step of every arm: what `save_answers` keeps."
+        return pd.concat([self.models.assign(arm=self.models.method), self.final], ignore_index=True)
+
+    @property
+    def worlds(self) -> int:
+        "How many choices of people there are."
+        return self.models.seed.nunique()
+
+    @property
     def about(self) -> dict:
         "For `save_table` and `save_figure`."
         return dict(runs=[r.key for r in self.runs], seconds=round(sum(r.info["seconds"] for r in self.runs)))
@@ -100,6 +112,27 @@ class Gathered:
         found = known[name] if forget_pct is None else known[name][known[name].forget_pct == forget_pct]
         return aspect(found, what) if what else found
 
+    def asked(
+        self,
+        *names: str,  # of `ASPECTS`
+    ) -> list[str]:
+        "Those of them that anything was asked about: benchmarks have no questions about what a face looks like, say."
+        def some(name):
+            try: return not aspect(self.models, name).empty
+            except InputError: return name not in ASPECTS  # an unknown one is for `of` to refuse
+        return [n for n in names if some(n)]
+
+    def common(
+        self,
+        arms: list[str],
+        forget_pct: float,
+    ) -> "Gathered":
+        "The settings of a percentage in which each of the arms was run, for tables and figures that set them side by side. `InputError` if there is none."
+        at = self.final[(self.final.forget_pct == forget_pct) & self.final.arm.isin(arms)]
+        seeds = at.groupby("seed").arm.nunique().loc[lambda n: n == len({*arms})].index
+        if seeds.empty: raise InputError(f"There is no world at {forget_pct:g} % in which each of {', '.join(arms)} was run.")
+        return replace(self, **{n: of[(of.forget_pct == forget_pct) & of.seed.isin(seeds)] for n, of in dict(models=self.models, unlearned=self.unlearned, facts=self.facts).items()})
+
 def gather(
     arms: dict[str, Arm],  # name -> arm
     settings: list[dict],  # from `settings_of`
@@ -111,8 +144,11 @@ def gather(
     pages = {n: root()/f"nbs/studies/{n}.ipynb" for n in ("37_models", "38_unlearn")}
     takes = {n: parameters_of(p) for n, p in pages.items()}
     given = lambda page, s, **more: (pages[page], {k: v for k, v in s.items() if k in takes[page]} | more)  # an oracle, say, is only scored
-    todo = [(s, None) for s in settings] + [(s, name) for s in settings for name, a in arms.items() if not a.at or s["forget_pct"] in a.at]
-    unlearn = lambda s, a: given("38_unlearn", s, method=a.method, preset=a.preset or preset, overrides=a.overrides, strengths=a.strengths, points=a.points, threads=int(jobs > 1))
+    nth = lambda s: [t for t in settings if t["forget_pct"] == s["forget_pct"]].index(s)  # which of the worlds
+    todo = [(s, None) for s in settings] + [(s, name) for s in settings for name, a in arms.items() if (not a.at or s["forget_pct"] in a.at) and nth(s) < (a.worlds or len(settings))]
+    def unlearn(s, a):
+        strengths = a.strengths if nth(s) < (a.gridded or len(settings)) else "own"
+        return given("38_unlearn", s, method=a.method, preset=a.preset or preset, overrides=a.overrides, strengths=strengths, points=a.points, threads=int(jobs > 1))
     runs = execute_all([given("37_models", s) if name is None else unlearn(s, arms[name]) for s, name in todo] + list(also), jobs)
     named = lambda s: dict(seed=f"{s.get('world_seed', 0)}/{s['forget_seed']}", forget_pct=s["forget_pct"])
     scored = [r.scores().assign(**named(s), **({} if name is None else dict(arm=name))) for r, (s, name) in zip(runs, todo)]

@@ -76,11 +76,17 @@ def _show_plan(grids: list[Grid]) -> int:
         print(f"left: {len(left)} run{'s'*(len(left) != 1)}, about {left.seconds.sum()/60:,.0f} minutes one after the other" + f", and {unknown} of unknown length"*bool(unknown))
     return 0
 
+def _executed(grid: Grid) -> int:
+    code = _report(grid, sweep_grid(grid, retry_failed=True))
+    for run in grid.runs:
+        if (drawn := run.folder/"figures").is_dir(): print(f"figures and tables: {os.path.relpath(drawn)}")
+    return code
+
 def study(names, preset=None, parameters=(), plan=False) -> int:
     "Execute notebooks of nbs/studies; what is done already is not made again, what failed is."
     grids = [_study(name, preset, parameters) for name in names]
     if plan: return _show_plan(grids)
-    return max(_report(grid, sweep_grid(grid, retry_failed=True)) for grid in grids)
+    return max(_executed(grid) for grid in grids)
 
 # %% ../nbs/runs/33_cli.ipynb #a3eb1d39
 def build(world="quick", seed=0, forget_pct=None, forget_seed=0) -> int:
@@ -243,7 +249,7 @@ _COMMANDS = {
     status: ("mmu-study status data/grids/smoke.yaml", _GRID),
     collect: ("mmu-study collect data/grids/smoke.yaml --out scores.parquet", [*_GRID, ("--out", dict(required=True, metavar="FILE", help="parquet file to write")),
         ("--partial", dict(action="store_true", help="take what is done, also if runs are missing"))]),
-    study: ("mmu-study study first_look --preset quick -p publish true", [("names", dict(nargs="+", metavar="NAME", help="a notebook in nbs/studies, with or without its number")),
+    study: ("mmu-study study overview --preset quick\nmmu-study study pulse robustness --preset full -p publish true", [("names", dict(nargs="+", metavar="NAME", help="a notebook in nbs/studies, with or without its number")),
         ("--preset", dict(metavar="NAME", help="its size: one of the presets in data/grids/NAME.yaml (default: the smallest, which is what the notebook says)")),
         (("-p", "--parameters"), dict(nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="a parameter of the notebook; again for each")),
         ("--plan", dict(action="store_true", help="execute nothing; show the runs that are needed, with the seconds that runs like them took here, and the memory of their methods"))]),

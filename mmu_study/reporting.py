@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODELS', 'METHODS', 'STYLE', 'WIDTH', 'THEME', 'GROUPS', 'Style', 'style', 'use_theme', 'summarize', 'contrast',
            'Group', 'with_groups', 'heatmap_knowledge', 'trajectories', 'frontier', 'compare', 'save_figure',
-           'save_table', 'published', 'save_claims', 'collect_claims']
+           'save_table', 'published', 'save_answers', 'save_claims', 'collect_claims']
 
 # %% ../nbs/runs/31_reporting.ipynb #2c8692ff
 import hashlib, io, json, textwrap
@@ -497,6 +497,20 @@ def published(
         if strange := set(values) - set(found[column]): raise InputError(f"No published number here has {column} {sorted(strange)[0]!r}; there are {', '.join(sorted(set(found[column])))}.")
         found = found[found[column].isin(values)]
     return found.reset_index(drop=True)
+
+# %% ../nbs/runs/31_reporting.ipynb #7a6eade5
+def save_answers(
+    scores: pd.DataFrame,  # of every arm and model in its last state; columns of `evaluate` and `by`
+    folder,
+    by: Iterable[str] = ("arm", "seed", "forget_pct"),  # what sets the states apart
+    **facts,  # as `save_table`
+) -> Path:  # the json
+    "Write `answers.parquet`: how many questions about every fact were asked (`asked`) and answered rightly (`right`), by role, kind, modality and task."
+    accuracy = _only(scores, metric="accuracy")
+    told = accuracy.groupby([*by, "role", "kind", "modality", "task", "entity", "fact"], dropna=False).value.agg(right="sum", asked="count").astype("float32").reset_index()
+    file = io.BytesIO()
+    told.to_parquet(file, index=False, compression="zstd")
+    return _save(folder, "answers", dict(parquet=file.getvalue()), **facts)
 
 # %% ../nbs/runs/31_reporting.ipynb #fe50bd6a
 def save_claims(

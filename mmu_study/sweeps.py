@@ -176,7 +176,7 @@ def plan(
     found = []
     with tempfile.TemporaryDirectory() as d:
         for page in grid.runs:
-            if not re.search(r"\b(execute_all|gather)\(", page.notebook.read_text()): found.append(dict(notebook=str(page.notebook), parameters=page.given, key=page.folder.name)); continue
+            if not re.search(r"\b(execute_all|gather|tune)\(", page.notebook.read_text()): found.append(dict(notebook=str(page.notebook), parameters=page.given, key=page.folder.name)); continue
             file = Path(d)/"plan.json"
             try: execute(page.notebook, page.given, runs_dir=d, progress=False, environment={PLAN: str(file)})
             except RunFailed:

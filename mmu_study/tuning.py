@@ -8,12 +8,10 @@ __all__ = ['FORGOTTEN', 'COLUMNS', 'KEPT', 'choose', 'frontier_of', 'tune']
 # %% ../nbs/runs/34_tuning.ipynb #ff13e655
 import json
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 
 import pandas as pd
-from tqdm import tqdm
 
-from .runs import Run, execute
+from .runs import Run, execute_all
 from .settings import InputError, root
 
 # %% ../nbs/runs/34_tuning.ipynb #3ce310d0
@@ -59,6 +57,5 @@ def tune(
     jobs: int = 2,  # runs at a time
 ) -> tuple[pd.DataFrame, list[Run]]:  # `frontier_of` all methods, and the runs
     "Run the declared grid of every method on the validation questions and choose. The budget is the same for all: six runs."
-    one = lambda m: execute(root()/"nbs/studies/38_unlearn.ipynb", setting | dict(method=m, preset=preset, strengths="grid", questions="validation", points=1), progress=False)
-    with ThreadPoolExecutor(jobs) as pool: runs = list(tqdm(pool.map(one, methods := list(methods)), total=len(methods), desc=f"tuning, {jobs} at a time"))
+    runs = execute_all([(root()/"nbs/studies/38_unlearn.ipynb", setting | dict(method=m, preset=preset, strengths="grid", questions="validation", points=1)) for m in methods], jobs, "tuning")
     return pd.concat(map(frontier_of, runs), ignore_index=True), runs

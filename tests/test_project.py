@@ -7,6 +7,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import mmu_study
+from mmu_study.sweeps import load_grid
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT/"pyproject.toml").read_text())
@@ -106,9 +107,11 @@ def test_make_test_runs_pytest_and_the_notebooks():
         "37_models.ipynb", "38_pulse.ipynb", "38_unlearn.ipynb", "38_robustness.ipynb",  # other pages execute them
         "35_tuning.ipynb", "40_mmunlearner.ipynb", "41_manu.ipynb", "42_null_space_cvf.ipynb", "45_audit.ipynb", "45_pruning.ipynb", "43_pulse.ipynb", "44_robustness.ipynb", "46_cost.ipynb", "49_overview.ipynb"}  # minutes each
 
-def test_make_study_runs_a_notebook_that_exists():
-    found = re.fullmatch(r"bin/python -m mmu_study\.runs (\S+) -p world quick -p forget_pct 10 -p publish true\n", make("-n", "study", "BIN=bin"))
-    assert found and (ROOT/found[1]).is_file()
+def test_make_study_and_studies_run_pages_that_have_the_preset():
+    for target, first in (("study", "overview"), ("studies", "overview mmunlearner manu null_space_cvf pulse robustness audit")):
+        for preset in ("smoke", "quick", "full"):
+            assert make("-n", target, "BIN=bin", f"PRESET={preset}") == f"bin/python -m mmu_study.cli study {first} --preset {preset}\n"
+            assert all(len(load_grid(ROOT/f"data/grids/{name}.yaml", preset).runs) == 1 for name in first.split())
 
 def test_make_phony_targets_are_the_listed_ones():
     phony = re.search(r"^\.PHONY: (.*)$", (ROOT/"Makefile").read_text(), re.M)[1]
