@@ -32,6 +32,7 @@ class Arm:
     strengths: str = "own"  # as in the run page `38_unlearn`
     gridded: int = 0  # those strengths in so many of the worlds, the preset's own in the others; 0: in all
     points: int = 3  # how often it is scored on its way, the end included; the same in all studies, which so share their runs
+    tasks: tuple[str, ...] = ()  # in which tasks facts about people are asked for; empty: in all
     at: tuple[float, ...] = ()  # forget percentages; empty: all of the study
     worlds: int = 0  # in so many of the worlds; 0: in all
 
@@ -148,7 +149,7 @@ def gather(
     todo = [(s, None) for s in settings] + [(s, name) for s in settings for name, a in arms.items() if (not a.at or s["forget_pct"] in a.at) and nth(s) < (a.worlds or len(settings))]
     def unlearn(s, a):
         strengths = a.strengths if nth(s) < (a.gridded or len(settings)) else "own"
-        return given("38_unlearn", s, method=a.method, preset=a.preset or preset, overrides=a.overrides, strengths=strengths, points=a.points, threads=int(jobs > 1))
+        return given("38_unlearn", s, method=a.method, preset=a.preset or preset, overrides=a.overrides, strengths=strengths, points=a.points, tasks=list(a.tasks), threads=int(jobs > 1))
     runs = execute_all([given("37_models", s) if name is None else unlearn(s, arms[name]) for s, name in todo] + list(also), jobs)
     named = lambda s: dict(seed=f"{s.get('world_seed', 0)}/{s['forget_seed']}", forget_pct=s["forget_pct"])
     scored = [r.scores().assign(**named(s), **({} if name is None else dict(arm=name))) for r, (s, name) in zip(runs, todo)]
