@@ -27,7 +27,7 @@ study: $(READY) ## make a world, train, unlearn with every method, score, draw t
 studies: $(READY) ## the overview, a page for every paper and protocol, and the audit of released code (PRESET as above)
 	$(BIN)/python -m mmu_study.cli study $(STUDIES) --preset $(PRESET)
 
-test: $(READY) ## all tests, those in tests/ and the notebooks side by side
+test: $(READY) ## all tests, those in tests/ and the notebooks side by side, a core for each
 	$(MAKE) --no-print-directory -j2 pytest notebooks
 
 pytest: export HF_HUB_OFFLINE = 1
@@ -35,9 +35,10 @@ pytest: $(READY) ## the tests in tests/
 	$(BIN)/python -m pytest tests
 
 notebooks: export HF_HUB_OFFLINE = 1
+notebooks: export OMP_NUM_THREADS = 1
 notebooks: $(READY) ## run every notebook; its cells hold the unit tests
 	@# 37 and 38 are single runs, which other pages execute; 35, 40 to 46 and 49 take minutes more and are run by `mmu-study study`
-	$(BIN)/nbdev-test nbs --n-workers 2 --timing --cell-timeout 1800 --skip-file-re '^([_.]|(3[578]|4[0-69])_)'
+	$(BIN)/nbdev-test nbs --n-workers 1 --timing --cell-timeout 1800 --skip-file-re '^([_.]|(3[578]|4[0-69])_)'
 
 readme: $(READY) ## write README.md from nbs/index.ipynb
 	@# cells marked `#| hide` are left out, so are directives; links that lead from nbs/ to the root lead from the root

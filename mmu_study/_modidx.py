@@ -1012,6 +1012,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'mmu_study.subjects.Subject.config': ('runs/subjects.html#subject.config', 'mmu_study/subjects.py'),
                                     'mmu_study.subjects.Subject.kinds': ('runs/subjects.html#subject.kinds', 'mmu_study/subjects.py'),
                                     'mmu_study.subjects.Subject.model': ('runs/subjects.html#subject.model', 'mmu_study/subjects.py'),
+                                    'mmu_study.subjects.draws': ('runs/subjects.html#draws', 'mmu_study/subjects.py'),
                                     'mmu_study.subjects.own_device': ('runs/subjects.html#own_device', 'mmu_study/subjects.py'),
                                     'mmu_study.subjects.split_named': ('runs/subjects.html#split_named', 'mmu_study/subjects.py'),
                                     'mmu_study.subjects.subject': ('runs/subjects.html#subject', 'mmu_study/subjects.py')},

@@ -21,6 +21,7 @@ from .records import TASKS
 from .reporting import compare, contrast, style, summarize, use_theme
 from .runs import Run, execute_all, parameters_of
 from .settings import InputError, root
+from .subjects import draws
 
 # %% ../nbs/runs/36_arms.ipynb #214b6bff
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Arm:
     preset: str = ""  # empty: the study's
     strengths: str = "own"  # as in the run page `38_unlearn`
     gridded: int = 0  # those strengths in so many of the worlds, the preset's own in the others; 0: in all
-    points: int = 3  # how often it is scored on its way, the end included; the same in all studies, which so share their runs
-    tasks: tuple[str, ...] = ()  # in which tasks facts about people are asked for; empty: in all
+    points: int = 3  # how often it is scored on its way, the end included; the same in all studies, so that they share runs
+    tasks: tuple[str, ...] = ()  # in which tasks is asked; empty: in all
     at: tuple[float, ...] = ()  # forget percentages; empty: all of the study
     worlds: int = 0  # in so many of the worlds; 0: in all
 
@@ -44,7 +45,8 @@ def settings_of(
     benchmark: str = "",  # instead of worlds, see `subjects`; forget_seeds are the choices of people, where they are drawn
     **more,  # of the benchmark: model, oracle, loading
 ) -> list[dict]:  # parameters for the run pages
-    "Every percentage in every world. `InputError` if worlds and choices of people cannot be paired."
+    "Every percentage in every world. `InputError` if worlds and choices of people cannot be paired, or a benchmark does not draw whom to forget."
+    if benchmark and len(forget_seeds) > 1 and not draws(benchmark): raise InputError(f"The benchmark {benchmark!r} says itself who is to be forgotten, so it has one choice of people; give one forget seed, not {len(forget_seeds)}.")
     if benchmark: return [dict(benchmark=benchmark, forget_pct=float(p), forget_seed=f, **more) for p in forget_pct for f in forget_seeds]
     if len(world_seeds) != len(forget_seeds): raise InputError(f"{len(world_seeds)} worlds and {len(forget_seeds)} choices of people cannot be paired; give as many of each.")
     return [dict(world=world, world_seed=w, forget_pct=float(p), forget_seed=f) for p in forget_pct for w, f in zip(world_seeds, forget_seeds)]
@@ -60,14 +62,14 @@ ASPECTS = {  # name -> which scores
 def aspect(
     scores: pd.DataFrame,  # of one state of one model
     name: str,  # one of `ASPECTS`
-    task: str = "generation",  # of questions about people
+    task: str = "generation",  # of questions that have it; a benchmark may ask what is general in another one only
 ) -> pd.DataFrame:
     "The accuracies of an aspect. `InputError` for an unknown one, or if nothing of it was asked."
     if name not in ASPECTS: raise InputError(f"There is no aspect {name!r}; there are {', '.join(ASPECTS)}.")
-    of = scores[(scores.metric == "accuracy") & ((scores.task == task) | scores.kind.ne("identity") | scores.role.eq("general"))]
+    of = scores[scores.metric == "accuracy"]
     found = of.query(ASPECTS[name].format(forgotten="role == 'test'" if (of.role == "test").any() else "role == 'forget'"))
     if found.empty: raise InputError(f"No question of the aspect {name!r} was asked.")
-    return found
+    return found[found.task == task] if (found.task == task).any() else found
 
 @dataclass
 class Gathered:

@@ -79,7 +79,8 @@ def _show_plan(grids: list[Grid]) -> int:
 def _executed(grid: Grid) -> int:
     code = _report(grid, sweep_grid(grid, retry_failed=True))
     for run in grid.runs:
-        if (drawn := run.folder/"figures").is_dir(): print(f"figures and tables: {os.path.relpath(drawn)}")
+        drawn = path_of("figures")/grid.name if run.given.get("publish") else run.folder/"figures"
+        if drawn.is_dir(): print(f"figures and tables: {os.path.relpath(drawn)}")
     return code
 
 def study(names, preset=None, parameters=(), plan=False) -> int:

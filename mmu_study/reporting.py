@@ -535,7 +535,7 @@ def collect_claims(
     folder, found = Path(folder or path_of("figures")), []
     for file in sorted(folder.glob("*/claims.csv")):
         about = json.loads(file.with_suffix(".json").read_text())
-        part = pd.read_csv(file, dtype=dict(claim=str)).assign(study=file.parent.name, commit=about["provenance"]["commit"])
+        part = pd.read_csv(file, dtype=dict(claim=str, paper=str)).assign(study=file.parent.name, commit=about["provenance"]["commit"])
         if "seeds" not in part: part["seeds"] = len(about["seeds"]["world"])
         for column in ("paper", "statement", "published"):
             if column not in part: part[column] = [getattr(claims.get(c), column, "") for c in part.claim]

@@ -178,7 +178,7 @@ def plan(
         for page in grid.runs:
             if not re.search(r"\b(execute_all|gather|tune)\(", page.notebook.read_text()): found.append(dict(notebook=str(page.notebook), parameters=page.given, key=page.folder.name)); continue
             file = Path(d)/"plan.json"
-            try: execute(page.notebook, page.given, runs_dir=d, progress=False, environment={PLAN: str(file)})
+            try: execute(page.notebook, page.given | {n: False for n in page.given if n == "publish"}, runs_dir=d, progress=False, environment={PLAN: str(file)})
             except RunFailed:
                 if not file.is_file(): raise
             found += json.loads(file.read_text()); file.unlink()

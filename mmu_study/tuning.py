@@ -57,5 +57,5 @@ def tune(
     jobs: int = 2,  # runs at a time
 ) -> tuple[pd.DataFrame, list[Run]]:  # `frontier_of` all methods, and the runs
     "Run the declared grid of every method on the validation questions and choose. The budget is the same for all: six runs."
-    runs = execute_all([(root()/"nbs/studies/38_unlearn.ipynb", setting | dict(method=m, preset=preset, strengths="grid", questions="validation", points=1)) for m in methods], jobs, "tuning")
+    runs = execute_all([(root()/"nbs/studies/38_unlearn.ipynb", setting | dict(method=m, preset=preset, strengths="grid", questions="validation", points=1, threads=int(jobs > 1))) for m in methods], jobs, "tuning")
     return pd.concat(map(frontier_of, runs), ignore_index=True), runs

@@ -1,10 +1,10 @@
-"The environment of every test, set before anything imports torch: offline, two threads, and workers that do not spin while they wait."
+"The environment of every test, set before anything imports torch: offline, one thread (the notebooks run beside), and workers that do not spin while they wait."
 import os
 from pathlib import Path
 
 import pytest
 
-os.environ.update(OMP_WAIT_POLICY="PASSIVE", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="2")
+os.environ.update(OMP_WAIT_POLICY="PASSIVE", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):

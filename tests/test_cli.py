@@ -108,6 +108,12 @@ def test_studies_by_name_with_presets_and_parameters(tmp_path, said):
     assert said("study", "41_toy", "-p", "seed", 7)[:2] == (0, "toy: 1 run: 1 done\n")
     assert said("status", "toy")[1].splitlines()[0] == "toy: 1 run: 1 missing"  # a grid by its name
 
+def test_a_study_says_where_its_figures_are(tmp_path, said):
+    notebook(tmp_path/"nbs/studies/41_drawn.ipynb", "import os, pathlib\n(pathlib.Path('figures/drawn') if publish else pathlib.Path(os.environ['MMU_STUDY_RUN_DIR'])/'figures').mkdir(parents=True)", settings="publish: bool = False  # into figures/")
+    for p, where in (((), r"data/runs/\w{12}/figures"), (("-p", "publish", "true"), "figures/drawn")):
+        code, out, err = run("study", "drawn", *p)
+        assert code == 0 and re.fullmatch(f"figures and tables: {where}", out.splitlines()[-1]), (out, err)
+
 def test_a_plan_executes_nothing(tmp_path, said):
     leaf = notebook(tmp_path/"nbs/studies/38_leaf.ipynb")
     notebook(tmp_path/"nbs/studies/41_page.ipynb", f"from mmu_study.runs import execute_all\nexecute_all([({str(leaf)!r}, dict(seed=s)) for s in seeds])", settings="seeds: list = [1, 2]  # which")
