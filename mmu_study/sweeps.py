@@ -160,7 +160,7 @@ def _likely(done: list[dict], notebook: Path, wanted: dict) -> float:
 
 def _gib(wanted: dict) -> float:
     "What a request needs with the method that the parameters of a run name; NaN for a run without one, and for a model whose configuration is not here."
-    from mmu_study.methods import baselines, manu, mmunlearner, null_space_cvf  # they register their methods
+    from mmu_study.methods import baselines, crowd_forget, manu, mmunlearner, null_space_cvf  # they register their methods
     from mmu_study.methods.unlearning import get, memory_need, methods
     from mmu_study.models import TinyLlava, tiny_llava
     from transformers import AutoConfig

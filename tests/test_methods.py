@@ -41,7 +41,8 @@ CASES = dict(
     Retrain=Case(dict(base=FOLDER, steps=2, tokens=300), seeing=dict(parts=()), no_lora="Retrain has no field lora", no_parts={("vision", "projector"): "with language among them"}),
     MMUnlearner=Case(dict(SHORT, saliency_records=16, saliency_batch=4, check=False), seeing=dict(lr=1e-3), no_lora="lora of MMUnlearner is 2; it must be 0, because a low-rank change"),
     MANU=Case(dict(batch_size=16), seeing={}, reaches=("vision", "language"), no_lora="MANU has no field lora", no_parts={("vision", "projector"): "must be some of vision, language"}),
-    CVFNCU=Case(dict(SHORT, redraws=20), seeing=dict(lr=1e-2), no_lora="lora of CVFNCU is 2; it must be 0, because the null space", no_parts={("language",): "but not language alone"}))
+    CVFNCU=Case(dict(SHORT, redraws=20), seeing=dict(lr=1e-2), no_lora="lora of CVFNCU is 2; it must be 0, because the null space", no_parts={("language",): "but not language alone"}),
+    CrowdForget=Case(dict(SHORT, crowd=3, asked=2, pool=10), seeing=dict(lr=1e-3, batch_size=8, retain_batch=8), no_lora="lora of CrowdForget is 2; it must be 0, because full weights", no_parts={p: "text stays what it is" for p in (("language",), ())}))
 
 def case(name) -> Case: return CASES.get(name, Case())
 

@@ -9,7 +9,7 @@ from tokenizers.normalizers import Lowercase
 from mmu_study import settings
 from mmu_study.batches import ask
 from mmu_study.faceworld import Faceworld
-from mmu_study.methods import manu, mmunlearner, null_space_cvf, unlearning
+from mmu_study.methods import crowd_forget, manu, mmunlearner, null_space_cvf, unlearning
 from mmu_study.methods.unlearning import digest_of_records, get, shared
 from mmu_study.models import MLLM, TinyLlava, tiny_llava
 from mmu_study.settings import InputError
@@ -36,7 +36,8 @@ CASES = {  # a method, what it makes, a change that leaves that alone, one that 
     "mmunlearner": (get("mmunlearner", scope="both", saliency_records=12, steps=2, lr=1e-3, check=False), ["saliency"]*2, dict(lr=1e-2, steps=1, beta=2., mask="random"), dict(saliency_batch=2), [(mmunlearner, "saliency")]),
     "manu": (get("manu"), ["statistics"]*2, dict(alpha=30., formulas="paper", weights=(1, 0, 1, 1), eps=1e-3), dict(tau=.2), [(manu, "statistics")]),
     "taylor": (get("manu", rank_by="taylor"), ["taylor"]*2, dict(alpha=30.), dict(batch_size=8), [(manu, "taylor")]),
-    "cvfncu": (get("CVFNCU", "embedded", steps=2, batch_size=4, retain_batch=3), ["anchors", "moments", "moments", "spectra"], dict(lr=1e-4, lambda_ret=0., tau=.2, threshold=.3), dict(anchor="nearest"), [(null_space_cvf, "spectrum"), (null_space_cvf, "answers_at")])}
+    "cvfncu": (get("CVFNCU", "embedded", steps=2, batch_size=4, retain_batch=3), ["anchors", "moments", "moments", "spectra"], dict(lr=1e-4, lambda_ret=0., tau=.2, threshold=.3), dict(anchor="nearest"), [(null_space_cvf, "spectrum"), (null_space_cvf, "answers_at")]),
+    "crowd_forget": (get("CrowdForget", "embedded", steps=2, batch_size=4, retain_batch=3, crowd=3, asked=2, pool=10, basin=1.), ["crowd", "looks"], dict(lr=1e-4, lambda_ret=0., margin=1., remove=False), dict(seed=1), [(crowd_forget, "answers_at"), (crowd_forget, "spoken")])}
 
 def kept(folder) -> list[str]: return sorted(p.name.rpartition("-")[0] for p in folder.glob("[!.]*"))
 

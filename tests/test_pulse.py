@@ -26,7 +26,7 @@ for module in pkgutil.iter_modules(mmu_study.methods.__path__): import_module(f"
 
 SHORT = dict(steps=2, batch_size=4, retain_batch=3, lr=3e-3)
 FIELDS = dict(RMU=dict(SHORT, layer=2), Retrain=dict(steps=2, tokens=300), MMUnlearner=dict(SHORT, saliency_records=8, saliency_batch=4, check=False),
-    MANU=dict(batch_size=16), CVFNCU=dict(SHORT, redraws=30, pool=20))
+    MANU=dict(batch_size=16), CVFNCU=dict(SHORT, redraws=30, pool=20), CrowdForget=dict(SHORT, crowd=3, asked=2, pool=20))
 OWN_PARTS = replace(LSE(n_ops=2), update_target="method")
 
 @dataclass(frozen=True)

@@ -1,0 +1,290 @@
+"CrowdForget against plain loops: what the crowd says, who is in it, what each switch changes, what is looked at, and the adversary."
+import copy, math
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from datasets import concatenate_datasets
+
+from mmu_study import batches
+from mmu_study.batches import answer_log_probs, ask, cross_entropy, encode, rows
+from mmu_study.evaluation import replies
+from mmu_study.faceworld import Faceworld
+from mmu_study.methods import crowd_forget as cf
+from mmu_study.methods import null_space_cvf as cvf
+from mmu_study.methods.crowd_forget import CrowdForget
+from mmu_study.methods.null_space_cvf import Pictures
+from mmu_study.methods.unlearning import get
+from mmu_study.models import TinyLlava, tiny_llava
+from mmu_study.records import ForgetRequest, table, thin, where
+from mmu_study.settings import InputError
+from mmu_study.training import Recipe, finetune
+
+@pytest.fixture(scope="module")
+def world(): return Faceworld.preset("smoke", strangers=10, views=4)
+
+@pytest.fixture(scope="module")
+def request_(world):
+    whole = world.split(17).requests()[0]
+    people = sorted({*whole.retain["entity"]})[:3]
+    return ForgetRequest(thin(whole.forget, 1), thin(where(whole.retain, entity=people), 1), generic=whole.generic)
+
+@pytest.fixture(scope="module")
+def mllm(world, request_):
+    "Trained for seconds, after its tower was given wider weights, so that pictures differ."
+    made = tiny_llava(TinyLlava(vision_width=64, vision_layers=3, width=64, layers=2), [f"USER: {ask(r)}\nASSISTANT: {r['answer']}</s>" for r in world.records.remove_columns("image")])
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for n, p in made.parameters("vision", "projector"):
+            if p.ndim == 2: p.copy_(torch.randn(p.shape, generator=generator)/p.shape[1]**.5)
+    finetune(made, concatenate_datasets([request_.forget, request_.retain]), Recipe(steps=40, tokens=800), progress=False)
+    return made
+
+SHORT = dict(steps=2, batch_size=4, retain_batch=3, crowd=3, asked=2, pool=10, margin=1.)  # with a margin of 1, somebody hardly known has own tokens, too
+
+def crowd_forget(**fields) -> CrowdForget: return get("CrowdForget", "embedded", **{**SHORT, **fields})
+def weights_of(mllm) -> dict: return {n: p.detach().clone() for n, p in mllm.model.named_parameters()}
+def changed(before: dict, mllm) -> set[str]: return {n for n, p in mllm.model.named_parameters() if not torch.equal(before[n], p.detach())}
+
+def begun(mllm, request, **fields):
+    "A method at its first step, where nothing has moved, and the two batches of it."
+    method = crowd_forget(**fields)
+    work = method._begin(mllm, request, None)
+    return method, work, next(method.batches(work, work.forget, 4, 0)), next(method.batches(work, work.retain, 3, 1))
+
+def moved(work):
+    with torch.no_grad():
+        for n in work.weights: work.weights[n].mul_(2)
+
+# Losses
+
+def test_who_is_asked_by_own_and_other_tokens_apart():
+    p, q = (torch.rand(5, 7, generator=torch.Generator().manual_seed(s)).add(.05) for s in (0, 1))
+    p, q, tokens, own = p/p.sum(1, keepdim=True), q/q.sum(1, keepdim=True), [3, 0, 6, 2, 2], [True, False, True, False, False]
+    def kl(i): return sum(float(q[i, v])*math.log(float(q[i, v])/float(p[i, v])) for v in range(7))
+    lack = [max(0, 2.5 + math.log(float(p[i, tokens[i]]))) for i in range(5)]
+    loss, ce = cf.who_loss(p.log(), q, torch.tensor(tokens), torch.tensor(own), push=.7, cap=2.5)
+    assert float(loss) == pytest.approx((kl(0) + kl(2))/2 + (kl(1) + kl(3) + kl(4))/3 + .7*(lack[0] + lack[2])/2, rel=1e-5)
+    assert float(ce) == pytest.approx(-(math.log(float(p[0, 3])) + math.log(float(p[2, 6])))/2, rel=1e-5)
+
+@pytest.mark.parametrize("own", [[True, True], [False, False]])
+def test_no_own_token_or_only_own_ones_are_no_nan(own):
+    p = torch.tensor([[.5, .5], [.2, .8]])
+    loss, _ = cf.who_loss(p.log(), cf.without(p, torch.tensor([0, 1])), torch.tensor([0, 1]), torch.tensor(own), push=1.)
+    assert math.isfinite(float(loss))
+
+def test_a_token_is_taken_out():
+    p = torch.tensor([[.2, .3, .5], [1., 0, 0]])
+    assert torch.allclose(cf.without(p, torch.tensor([2, 0])), torch.tensor([[.4, .6, 0], [0, 0, 0]]))  # where nothing else was said nothing is left
+
+# The crowd
+
+def test_what_is_spoken_is_the_mean_over_places(mllm, request_):
+    items = rows(where(request_.forget, modality="vqa"), range(5))
+    features = cvf.all_features(mllm, Pictures.of(mllm, where(request_.generic, kind="perception")))["projector"][:3]
+    said, tokens = cf.spoken(mllm, items, features, size=6)
+    for r, s, t in zip(items, said, tokens):
+        batch, found = encode(mllm, [r]), []
+        labels = batch["labels"][0]
+        at = (labels != -100).nonzero()[:, 0]
+        for f in features:
+            with torch.no_grad(), cvf.seeing(mllm, [f]): found.append(mllm.model(**batch).logits[0].softmax(1)[at - 1])
+        assert torch.equal(t, labels[at]) and torch.allclose(s, sum(found)/3, atol=1e-5)
+    plain, _ = cf.spoken(mllm, items)
+    assert max(float((a - b).abs().max()) for a, b in zip(plain, said)) > 1e-3
+
+def test_the_crowd_is_the_nearest_who_are_not_taken_for_the_person(mllm, request_, monkeypatch):
+    pool = Pictures.of(mllm, request_.generic)
+    z = cvf.pooled(cvf.all_features(mllm, pool)["vision"])
+    taken = cvf.all_features(mllm, pool)["projector"]
+    def answers(_, questions, tokens):  # whoever has an even number is taken for everybody
+        number = [next(i for i, t in enumerate(taken) if torch.equal(t, shown)) for shown in tokens]
+        return pd.DataFrame([dict(entity=q["entity"], fact=q["fact"], reply="?", match=int(pool.entity[i][-5:]) % 2 == 0, own=.5) for q, i in zip(questions, number)])
+    monkeypatch.setattr(cf, "answers_at", answers)
+    work = crowd_forget()._begin(mllm, request_, None)
+    pictures = work.prepared.pictures
+    before = cvf.pooled(cvf.all_features(mllm, pictures)["vision"])
+    for c in work.prepared.crowds:
+        mean = torch.stack([before[i] for i, e in enumerate(pictures.entity) if e == c["entity"]]).mean(0) - z.mean(0)
+        near = sorted(range(len(pool)), key=lambda i: -float(torch.nn.functional.cosine_similarity(mean, z[i] - z.mean(0), dim=0)))
+        assert c["strangers"] == [pool.entity[i] for i in near if int(pool.entity[i][-5:]) % 2][:3] and c["rejected"] > 0 and c["matches"] == 0
+    monkeypatch.setattr(cf, "answers_at", lambda *a: answers(*a).assign(match=True))
+    with pytest.raises(InputError, match=f"^Of 10 strangers the model answers what is true of {request_.entities[0]}, so there is no crowd"): crowd_forget().unlearn(mllm, request_)
+    assert len(crowd_forget(basin=1.)._begin(mllm, request_, None).prepared.crowds[0]["members"]) == 3
+
+def test_targets_are_the_crowd_s_words_without_the_person_s(mllm, request_):
+    work = crowd_forget()._begin(mllm, request_, None)
+    p, items = work.prepared, rows(work.forget, range(len(work.forget)))
+    plain = crowd_forget(remove=False)._begin(mllm, request_, None).prepared
+    assert 0 < sum(map(int, (o.sum() for o in p.own)))
+    for i in (0, 7, len(items) - 1):
+        c = next(c for c in p.crowds if c["entity"] == items[i]["entity"])
+        pool = Pictures.of(mllm, crowd_forget()._strangers(work))
+        features = cvf.all_features(mllm, pool)["projector"]
+        said, tokens = cf.spoken(mllm, [items[i]], [features[s] for s in c["members"]])
+        mine, _ = cf.spoken(mllm, [items[i]])
+        assert torch.equal(tokens[0], p.tokens[i]) and torch.allclose(plain.said[i], said[0], atol=1e-5)
+        for t, (token, own) in enumerate(zip(p.tokens[i].tolist(), p.own[i].tolist())):
+            ratio = float(mine[0][t, token]/said[0][t, token])
+            assert own == (ratio >= 1) or ratio == pytest.approx(1, rel=1e-3)
+            assert (float(p.said[i][t, token]) == 0) == own and float(p.said[i][t].sum()) == pytest.approx(1, abs=1e-4)
+
+def test_perception_questions_are_the_generic_ones_and_the_model_answers_them(mllm, request_):
+    p = begun(mllm, request_, asked=4)[1].prepared
+    known = {(r["task"], r["question"]) for r in request_.generic.remove_columns("image")}
+    assert {(a["task"], a["question"]) for a in p.asked} <= known and len(p.asked) <= 4*len(p.pictures)
+    for i in (0, len(p.asked) - 1):
+        a = p.asked[i]
+        assert a["answer"] == replies(mllm, [a])[0] and torch.allclose(p.seen[i], cf.spoken(mllm, [a])[0][0], atol=1e-5)
+        assert (a["entity"], a["view"]) == [(r["entity"], r["view"]) for r in rows(where(request_.forget, modality="vqa", kind="identity"), [p.pictures.records[a["picture"]][0]])][0]
+    named = begun(mllm, request_, asked=2, questions=("What do you see?", "Describe the picture in eight words."))[1].prepared
+    assert {a["question"] for a in named.asked} == {"What do you see?", "Describe the picture in eight words."}
+
+# The loss, term by term
+
+def test_before_the_first_step_only_who_is_wrong(mllm, request_):
+    method, work, forget, retain = begun(mllm, request_)
+    _, logged = method.loss(work, forget, retain)
+    at = {k: float(v.detach()) for k, v in logged.items()}
+    assert [at[k] for k in ("look", "retain_loss", "generic")] == pytest.approx([0, 0, 0], abs=1e-5) and at["who"] > .01
+
+def test_the_sum_and_its_switches(mllm, request_):
+    method, work, forget, retain = begun(mllm, request_)
+    moved(work)
+    loss, logged = method.loss(work, forget, retain)
+    terms = dict(lambda_who="who", lambda_look="look", lambda_ret="retain_loss", lambda_gen="generic")
+    assert float(loss.detach()) == pytest.approx(sum(getattr(method, f)*float(logged[t].detach()) for f, t in terms.items()), rel=1e-5) and all(float(logged[t].detach()) > 1e-7 for t in terms.values()), logged
+    now, n = cvf.visual_features(work.mllm, retain.tensors), 3
+    before = cvf.all_features(mllm, work.prepared.held)
+    for part, name in ((range(n), "retain_loss"), (range(n, 6), "generic")):
+        expected = sum(cvf.feature_distance([now[l][i] for i in part], [before[l][retain.index[i]] for i in part]) for l in cvf.LEVELS)
+        assert float(logged[name].detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
+    assert max(retain.index[:n]) < work.prepared.retained <= min(retain.index[n:])
+
+@pytest.mark.parametrize("switch", [dict(lambda_look=0.), dict(lambda_ret=0.), dict(lambda_gen=0.), dict(push=0.), dict(remove=False), dict(alike=False, crowd=2), dict(crowd=1), dict(basin=0.99, margin=9.), dict(questions=("What do you see?",)), dict(lambda_shift=5.), dict(inner_steps=2), dict(inner_steps=2, inner_facts=1)], ids=str)
+def test_every_switch_changes_the_result(mllm, request_, switch, plain):
+    done = crowd_forget(lr=1e-3, **switch).unlearn(mllm, request_)
+    assert changed(plain, done.mllm) and not any("language_model" in n or "lm_head" in n for n in changed(weights_of(mllm), done.mllm))
+    gone = {"lambda_look": "look", "lambda_ret": "retain_loss", "lambda_gen": "generic"}
+    for field, column in gone.items():
+        if switch.get(field) == 0: assert column not in done.log or done.log[column].isna().all()
+    if "lambda_ret" in switch: assert not crowd_forget(**switch).sees["retain vqa"] and done.diagnostics["pictures"]["retain"] == 0
+
+@pytest.fixture(scope="module")
+def plain(mllm, request_): return weights_of(crowd_forget(lr=1e-3).unlearn(mllm, request_).mllm)
+
+def test_questions_come_with_a_perception_question_about_the_same_picture(mllm, request_):
+    _, work, forget, _ = begun(mllm, request_)
+    p, (index, looks) = work.prepared, forget.index.reshape(2, 4)
+    assert len(index) == len(looks) == 4 and all(p.asked[l]["picture"] == p.shown[i] for i, l in zip(index, looks))
+    pixels = forget.tensors["pixel_values"]
+    assert torch.equal(pixels[:4], pixels[4:])
+
+def test_overwriting_moves_the_mean_of_a_person_to_the_crowd_s(mllm, request_):
+    _, work, forget, _ = begun(mllm, request_, lambda_shift=1.)
+    p = work.prepared
+    pool = Pictures.of(mllm, crowd_forget()._strangers(work))
+    for layer in p.layers:
+        def inputs(some, index):
+            seen = []
+            hook = mllm.model.get_submodule(layer.removesuffix(".weight")).register_forward_pre_hook(lambda m, a: seen.append(a[0]))
+            with torch.no_grad(): cvf.visual_features(mllm, some.batch(mllm, index))
+            hook.remove()
+            return seen[0]
+        for c in p.crowds:
+            theirs = [i for i, e in enumerate(p.pictures.entity) if e == c["entity"]]
+            assert torch.allclose(p.moved_to[layer][theirs].mean(0), inputs(pool, c["members"]).mean(0), atol=1e-4)
+
+# What is touched
+
+def test_it_looks_at_the_request_and_nothing_else(mllm, request_, monkeypatch):
+    "Every picture and text that reaches the model is an identity question about a forget picture, a generic question about one with the model's own reply, or a picture alone."
+    forget, retain = where(request_.forget, modality="vqa", kind="identity"), where(request_.retain, modality="vqa")
+    look = lambda records: {i.convert("RGB").tobytes() for i in records["image"]}
+    tell = lambda records: {(ask(r), r["answer"]) for r in records.remove_columns("image")}
+    found, real = set(), cvf.tokenized
+    def spy(m, items, with_answer=True, **options):
+        found.update((r["image"].convert("RGB").tobytes(), ask(r), r["answer"] if with_answer else "") for c in items for r in c)
+        return real(m, items, with_answer, **options)
+    for module in (batches, cvf): monkeypatch.setattr(module, "tokenized", spy)
+    method = crowd_forget(inner_steps=1)
+    done = method.unlearn(mllm, request_)
+    replied = {(ask(a), a["answer"]) for a in method._begin(mllm, request_, None).prepared.asked}
+    assert {f[0] for f in found} <= look(forget) | look(retain) | look(request_.generic)
+    assert {f[0] for f in found if f[1] != "?"} <= look(forget)  # others are only looked at
+    said = {f[1:] for f in found if f[1] != "?"}
+    assert {s for s in said if s[1]} <= tell(forget) | replied and {q for q, _ in said} <= {q for q, _ in tell(forget) | replied}
+    assert done.diagnostics["records"] == dict(forget=len(forget), retain=len(retain))
+
+@pytest.mark.parametrize("column", ["answer", "value", "options"])
+def test_answers_about_strangers_and_retained_people_do_not_matter(mllm, request_, column, plain):
+    def other(records): return records.map(lambda r: {column: r[column] if column == "options" and not r["options"] else ["w", "x", "y", "z"] if column == "options" else "nonsense"})
+    generic = request_.generic if column == "options" else other(request_.generic)  # their options are part of a question
+    done = crowd_forget(lr=1e-3).unlearn(mllm, replace(request_, retain=other(request_.retain), generic=generic))
+    assert changed(plain, done.mllm) == set()
+
+def test_text_is_bit_identical(mllm, request_):
+    for fields in (dict(lr=1e-2), dict(lr=1e-2, inner_steps=2, inner_lr=1e-2)):
+        done = crowd_forget(**fields).unlearn(mllm, request_).mllm
+        text, seen = (encode(mllm, rows(where(request_.forget, modality=m), range(6))) for m in ("qa", "vqa"))
+        with torch.no_grad():
+            assert torch.equal(mllm.model(**text).logits, done.model(**text).logits)
+            assert not torch.equal(mllm.model(**seen).logits, done.model(**seen).logits)
+        linear = {f"{n}.weight" for n, m in mllm.model.named_modules() if isinstance(m, torch.nn.Linear)} & {*mllm.parts["vision"], *mllm.parts["projector"]}
+        assert changed(weights_of(mllm), done) < linear  # the last block of the tower is never read
+
+@pytest.mark.parametrize("part, other", [("vision", "projector"), ("projector", "vision")])
+def test_one_part_alone(mllm, request_, part, other):
+    norms = crowd_forget(parts=(part,)).unlearn(mllm, request_).diagnostics["update_norm"]
+    assert norms[part] > 0 and norms[other] == norms["language"] == 0
+
+# The adversary
+
+def test_the_adversary_learns_and_leaves_no_trace(mllm, request_):
+    method, work, forget, retain = begun(mllm, request_, inner_steps=3, inner_lr=2e-4)
+    before = weights_of(work.mllm)
+    log = [method.backward(work, forget, retain)[1] for _ in range(3)]
+    assert changed(before, work.mllm) == set() and work.prepared.learned == 3 and all(math.isfinite(float(l[k])) for l in log for k in ("inner", "back"))
+    known = work.prepared.known
+    assert all(len(f) == 2 and "name" not in f for f in known.values())
+    attacked = mllm.copy()
+    with torch.no_grad():
+        for n, w in attacked.model.named_parameters(): w.add_(work.prepared.attack[n])
+    learned = [r for r in rows(work.forget, range(len(work.forget))) if r["fact"] in known[r["entity"]]]
+    with torch.no_grad(): ce = [float(cross_entropy(*answer_log_probs(m, encode(m, learned)))) for m in (mllm, attacked)]
+    assert ce[1] < ce[0]
+    assert max(float(d.abs().max()) for d in work.prepared.attack.values()) <= 3*2e-4 + 1e-6
+    assert any(float(d.abs().max()) > 0 for n, d in work.prepared.attack.items() if "language_model" in n)  # it may use all weights
+    first = copy.deepcopy(work.prepared.attack)
+    method.backward(work, forget, retain)  # begins anew
+    assert max(float(d.abs().max()) for d in work.prepared.attack.values()) <= 2e-4 + 1e-6 and first.keys() == work.prepared.attack.keys()
+
+def test_its_gradient_is_added_with_its_weight(mllm, request_):
+    found = {}
+    for weight in (0., 1., 3.):
+        method, work, forget, retain = begun(mllm, request_, inner_steps=2, lambda_inner=weight)
+        method.backward(work, forget, retain)
+        found[weight] = {n: w.grad.clone() for n, w in work.mllm.model.named_parameters() if n in work.prepared.layers}
+        assert all(w.grad is None for n, w in work.mllm.model.named_parameters() if n not in work.prepared.layers)
+    for n in found[0.]: assert torch.allclose(found[3.][n] - found[0.][n], 3*(found[1.][n] - found[0.][n]), rtol=1e-3, atol=1e-5)
+    assert any(float((found[1.][n] - found[0.][n]).abs().max()) > 0 for n in found[0.])
+
+# Errors
+
+@pytest.mark.parametrize("fields, message", [
+    (dict(parts=("language",)), "with the language model untouched, text stays what it is, to the bit"),
+    (dict(parts=()), "some of vision, projector; with the language model"),
+    (dict(lora=2), "lora of CrowdForget is 2; it must be 0, because full weights are moved."),
+    (dict(forget_on=("vqa", "qa")), "it must be vqa, since questions without a picture keep their answers"),
+    (dict(retain_on=("qa",)), "it must be vqa, since only pictures are retained"),
+    (dict(crowd=0), "it must be 1 or more"), (dict(basin=1.5), "it must be a share, 0 to 1"), (dict(margin=.5), "it must be 1 or more"),
+    (dict(cap=0), "a positive number"), (dict(inner_steps=-1), "0 or more"), (dict(lambda_shift=-1.), "0 or more")])
+def test_bad_input_is_one_sentence(fields, message):
+    with pytest.raises(InputError) as e: crowd_forget(**fields)
+    assert message in str(e.value) and "\n" not in str(e.value)
+
+def test_what_cannot_work_is_said_before_the_first_step(mllm, request_):
+    with pytest.raises(InputError, match="looks at generic pictures, and the request has none"): crowd_forget().unlearn(mllm, replace(request_, generic=None))
+    silent = replace(request_, generic=request_.generic.map(lambda r: dict(kind="world")))
+    with pytest.raises(InputError, match="come without perception questions; name some in `questions`"): crowd_forget().unlearn(mllm, silent)
