@@ -23,7 +23,7 @@ def of(every: pd.DataFrame, arm: str, role: str, modality=None) -> pd.DataFrame:
 
 def interval(a: pd.DataFrame, b: pd.DataFrame) -> tuple:
     "The difference of two arms on their common facts, its 95 % interval from 4,000 draws of facts, how many facts and seeds these are."
-    both = a.join(b, lsuffix="_a", rsuffix="_b", how="inner").to_numpy()
+    both = a.merge(b, left_index=True, right_index=True, suffixes=("_a", "_b")).to_numpy()
     drawn = both[np.random.default_rng(12345).integers(len(both), size=(4000, len(both)))].sum(axis=1)
     rates = np.vstack([both.sum(axis=0), drawn])
     difference = rates[:, 0]/rates[:, 1] - rates[:, 2]/rates[:, 3]

@@ -1,8 +1,9 @@
-"The run pages of PULSE and robustness on benchmarks: miniatures, and a checkpoint that knows nobody."
+"The run pages of unlearning, PULSE and robustness on benchmarks: miniatures, and a checkpoint that knows nobody."
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from mmu_study.batches import ask
 from mmu_study.benchmarks import load_benchmark, write_miniature
@@ -40,7 +41,17 @@ def scores_of(tmp_path, monkeypatch):
             exec(compile("".join(cell["source"]), path.name, "exec"), space)
             if "parameters" in cell["metadata"].get("tags", []): space |= resolve(path, parameters)
         return load_scores(tmp_path), space
-    return execute
+    threads = torch.get_num_threads()
+    yield execute
+    torch.set_num_threads(threads)  # pages set them
+
+def test_unlearning_on_a_benchmark(scores_of, given):
+    about = dict(given("mllmu"), method="GradDiff", points=1, retain_people=1)
+    every, _ = scores_of("38_unlearn", **about)
+    some, _ = scores_of("38_unlearn", **about, tasks=["generation"])
+    asked = lambda scores: {*scores[scores.kind == "identity"].task}
+    assert {"forget", "retain"} <= {*every.role} and "holdout" not in {*every.role} and asked(some) == {"generation"} < asked(every)
+    with pytest.raises(InputError, match="^tasks holds essays; there are classification, generation, cloze.$"): scores_of("38_unlearn", **about, tasks=["essays"])
 
 def test_pulse_on_a_benchmark(scores_of, given):
     mine = given("mllmu") | dict(n_ops=2, settings=["A", "LSE"], asked_people=1)
