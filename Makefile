@@ -27,7 +27,7 @@ study: $(READY) ## make a world, train, unlearn with every method, score, draw t
 studies: $(READY) ## the overview, a page for every paper and protocol, and the audit of released code (PRESET as above)
 	$(BIN)/python -m mmu_study.cli study $(STUDIES) --preset $(PRESET)
 
-test: $(READY) ## all tests, those in tests/ and the notebooks side by side, a core for each
+test: $(READY) ## all tests, those in tests/ and the notebooks side by side
 	$(MAKE) --no-print-directory -j2 pytest notebooks
 
 pytest: export HF_HUB_OFFLINE = 1
@@ -38,7 +38,7 @@ notebooks: export HF_HUB_OFFLINE = 1
 notebooks: export OMP_NUM_THREADS = 1
 notebooks: $(READY) ## run every notebook; its cells hold the unit tests
 	@# studies take minutes each: `mmu-study study NAME` runs them, and tests execute the run pages
-	$(BIN)/nbdev-test nbs --n-workers 1 --timing --cell-timeout 1800 --skip-folder-re '^([_.]|studies$$)'
+	$(BIN)/nbdev-test nbs --n-workers 2 --timing --cell-timeout 1800 --skip-folder-re '^([_.]|studies$$)'
 
 readme: $(READY) ## write README.md from nbs/index.ipynb
 	@# cells marked `#| hide` are left out, so are directives; links that lead from nbs/ to the root lead from the root
