@@ -121,11 +121,22 @@ def shares_work(
     "Does it use accelerate or torch.distributed, so that several processes may execute it together?"
     return _shares(_read(notebook))
 
-def _key(nb, name, values, library, processes) -> str:
+def _source(nb) -> list[str]: return [c.source for c in _code(nb)]
+
+def _executes(source: list[str]) -> bool: return bool(re.search(r"\b(mmu_study\.(arms|tuning|sweeps|cli)|execute|execute_all)\b", "\n".join(source)))
+
+def _made_of(nb, notebook: Path) -> dict:
+    "What all runs of a notebook have in their keys."
+    source = _source(nb)
+    if not _executes(source): return dict(source=source, version=mmu_study.__version__, library=source_hash("\n".join(source)))
+    beside = {p.name: _source(_read(p)) for p in sorted(notebook.parent.glob("*.ipynb"))}
+    return dict(source=source, version=mmu_study.__version__, library=source_hash(), beside={n: s for n, s in beside.items() if not _executes(s)})
+
+def _key(nb, name, made_of, values, processes) -> str:
     if processes > 1 and not _shares(nb):
         raise InputError(f"{name} uses neither accelerate nor torch.distributed, so each of {processes} processes would do all of its work; give it one process, or one GPU.")
     shared = dict(processes=processes) if processes > 1 else {}
-    return key_of(dict(source=[c.source for c in _code(nb)], parameters=values, version=mmu_study.__version__, library=library) | shared)
+    return key_of(made_of | dict(parameters=values) | shared)
 
 def run_keys(
     notebook,  # path of a notebook
@@ -134,9 +145,9 @@ def run_keys(
 ) -> list[str]:  # 12 hexadecimal digits each
     """The names of runs: hashes of the notebook's code, of all its parameters (defaults filled in), of the library and of the number of processes, which a
     batch is often multiplied by. Files are read once. Errors as `execute`."""
-    nb, name, library = _read(notebook), Path(notebook).name, source_hash()
-    declared = _parameters(nb, name)
-    return [_key(nb, name, fill_in(declared, given, name), library, processes) for given in several]
+    nb, name = _read(notebook), Path(notebook).name
+    declared, made_of = _parameters(nb, name), _made_of(nb, Path(notebook))
+    return [_key(nb, name, made_of, fill_in(declared, given, name), processes) for given in several]
 
 def run_key(
     notebook,  # path of a notebook
@@ -383,7 +394,7 @@ def execute(
     notebook, nb = Path(notebook).resolve(), _read(notebook)
     values = fill_in(_parameters(nb, notebook.name), parameters or {}, notebook.name)
     if processes < 1: raise InputError(f"processes is {processes}; it must be 1 or more.")
-    key, runs, built = _key(nb, notebook.name, values, source_hash(), processes), Path(runs_dir or path_of("runs")).resolve(), []
+    key, runs, built = _key(nb, notebook.name, _made_of(nb, notebook), values, processes), Path(runs_dir or path_of("runs")).resolve(), []
     shown = notebook.relative_to(root()).as_posix() if notebook.is_relative_to(root()) else notebook.name
 
     def build(folder):

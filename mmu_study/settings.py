@@ -7,7 +7,7 @@ __all__ = ['InputError', 'root', 'setting', 'path_of', 'key_of', 'source_hash', 
            'build_once']
 
 # %% ../nbs/00_settings.ipynb #1a6f2d5c
-import hashlib, json, os, re, shutil, warnings
+import ast, hashlib, json, os, re, shutil, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from functools import lru_cache
@@ -65,10 +65,33 @@ def key_of(
     plain = [dict(asdict(p), _type=type(p).__name__) if is_dataclass(p) else p for p in parts]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
 
-def source_hash() -> str:  # 12 hexadecimal digits
-    "What the library's code on disk hashes to, for keys of what it decides."
-    files = sorted(f for f in Path(mmu_study.__file__).parent.rglob("*.py") if f.name != "_modidx.py")
-    return key_of([re.sub(r"(?m)^# %% .*$", "", f.read_text()) for f in files])
+@lru_cache
+def _imports(code: str, package: str = "") -> frozenset[str]:
+    "The names that code imports, those of modules among them; relative ones are of `package`."
+    found = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import): found |= {a.name for a in node.names}
+        if isinstance(node, ast.ImportFrom):
+            above = package.split(".")[:len(package.split(".")) + 1 - node.level] if node.level else []
+            module = ".".join([*above, *filter(None, [node.module])])
+            found |= {module, *(f"{module}.{a.name}" for a in node.names)}
+    return frozenset(found)
+
+def source_hash(
+    code: str | None = None,  # Python, such as the cells of a notebook; None: all of the library
+) -> str:  # 12 hexadecimal digits
+    """What the library's code on disk hashes to, for keys of what it decides: of the modules that `code` imports, and of those that these import. Of all
+    of it where that cannot be told: code with a notebook's `%` or `!` commands, and code that imports by a name which it makes itself."""
+    home = Path(mmu_study.__file__).parent
+    module = {".".join(f.relative_to(home.parent).with_suffix("").parts).removesuffix(".__init__"): f for f in home.rglob("*.py") if f.name != "_modidx.py"}
+    text, left = {name: f.read_text() for name, f in module.items()}, {"mmu_study"}
+    try: left |= {*module} if code is None or "import_module" in code else _imports(code)
+    except SyntaxError: left |= {*module}
+    used = set()
+    while left := left & module.keys() - used:
+        used |= left
+        left = {n for name in left for n in _imports(text[name], name if module[name].name == "__init__.py" else name.rpartition(".")[0])}
+    return key_of([re.sub(r"(?m)^# %% .*$", "", text[name]) for name in sorted(used)])
 
 # %% ../nbs/00_settings.ipynb #ef50fb5e
 def _sweep(target: Path):

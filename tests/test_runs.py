@@ -1,5 +1,5 @@
 "Runs: guards before, one folder per run, nothing half-written after a kill, one sentence for what is refused."
-import json, os, re, signal, subprocess, sys
+import json, os, re, shutil, signal, subprocess, sys
 from pathlib import Path
 
 import nbformat
@@ -78,8 +78,25 @@ def test_the_key_holds_what_a_run_depends_on(tmp_path, monkeypatch):
     nb.cells[1].update(id="other", execution_count=3, outputs=[nbformat.v4.new_output("stream", text="1")])
     nbformat.write(nb, path)
     assert key == runs.run_key(path)  # outputs, ids and prose are not what a result depends on
-    monkeypatch.setattr(runs, "source_hash", lambda: "changed")
+    monkeypatch.setattr(runs, "source_hash", lambda code: "changed")
     assert key != runs.run_key(path)
+
+def test_the_key_holds_the_modules_that_a_run_needs(tmp_path, monkeypatch):
+    library = tmp_path/"mmu_study"
+    shutil.copytree(Path(runs.__file__).parent, library, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(runs.mmu_study, "__file__", str(library/"__init__.py"))
+    scores, study = notebook(tmp_path/"scores.ipynb", "from mmu_study.evaluation import evaluate"), notebook(tmp_path/"study.ipynb", "from mmu_study.arms import gather")
+    def changed(*names):  # by an edit of these modules
+        before = [runs.run_key(p) for p in (scores, study)]
+        for n in names: (library/n).write_text((library/n).read_text() + "CHANGED = 1\n")
+        return [a != b for a, b in zip(before, [runs.run_key(p) for p in (scores, study)])]
+    assert changed("batches.py") == [True, True]  # which evaluation imports
+    assert changed("cli.py", "arms.py", "methods/manu.py") == [False, True]  # a study depends on what it executes, and that on any module
+    assert changed() == [False, False]
+    notebook(scores, "from mmu_study.evaluation import evaluate\n2")
+    before = runs.run_key(study)
+    notebook(scores, "from mmu_study.evaluation import evaluate\n3")
+    assert before != runs.run_key(study)
 
 def test_the_import_is_light():
     code = "import sys, mmu_study.runs; print([m for m in ('torch', 'transformers', 'papermill') if m in sys.modules])"
