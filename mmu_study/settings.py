@@ -46,10 +46,10 @@ def _settings(folder: Path) -> dict:
 def setting(
     name: str,  # a key of `settings.ini`
 ) -> str:
-    "The value of one setting. Raises `InputError` for an unknown name."
+    "The value of one setting: of the environment, such as `MMU_STUDY_THREADS`, else of `settings.ini`. Raises `InputError` for an unknown name."
     values = _settings(root())
     if name not in values: raise InputError(f"There is no setting {name!r}; settings.ini has {', '.join(sorted(values))}.")
-    return values[name]
+    return os.environ.get(f"MMU_STUDY_{name.upper()}", values[name])
 
 def path_of(
     name: str,  # `data`, `cache`, `runs` or `figures`
