@@ -343,7 +343,7 @@ def frontier(
     n_boot: int = 2000,
     seed: int = 0,
 ) -> Figure:
-    "Retention against forgetting, one panel for each modality in which both were asked. Raises `InputError` for an unknown `along`, a method without style, and absent columns, tasks or references."
+    "Retention against forgetting, one panel for each method and a line for each modality in which both were asked. Raises `InputError` for an unknown `along`, a method without style, and absent columns, tasks or references."
     if along not in ("strength", "step"): raise InputError(f"A frontier follows the strength or the step, not {along!r}.")
     methods, models = _prepared(scores, [forget, keep], metric, task, references, ["strength", "step"])
     if along == "strength":
@@ -360,30 +360,34 @@ def frontier(
     found, refs = points(methods, [*line, along]), points(models, ["method"]) if len(models) else None
     panels = [m for m in MODALITIES if (found.modality == m).any()]
     if not panels: raise InputError(f"The groups {forget!r} and {keep!r} have no modality in common; frontiers need one.")
-    fig, axes = plt.subplots(1, len(panels), squeeze=False, sharey=True, figsize=(.6 + 3.2*len(panels), 3.2))
-    for ax, modality in zip(axes[0], panels):
-        for key, part in found[found.modality == modality].groupby(line, dropna=False, sort=False):
-            s, ranks = style(key[0]), _ranks(methods.loc[methods.method == key[0], along])
-            strengths = _ranks(methods.loc[methods.method == key[0], "strength"])
-            alpha = 1 if along == "strength" else _between(strengths.get(key[-1], 0), len(strengths), .4, 1)
-            part = part.iloc[part[along].map(ranks).argsort()]
-            sizes = [_between(ranks[v], len(ranks), 14, 62)*s.size**1.5 for v in part[along]]
-            ax.plot(part.mean_x, part.mean_y, color=s.color, lw=1.1, alpha=.75*alpha, zorder=2)
-            ax.scatter(part.mean_x, part.mean_y, s=sizes, color=s.color, marker=s.marker, alpha=alpha, ec="white", lw=.5, zorder=3)
-        for _, ref in (refs[refs.modality == modality].iterrows() if refs is not None else ()):
-            s = style(ref.method)
-            ax.plot([ref.low_x, ref.high_x], [ref.mean_y]*2, [ref.mean_x]*2, [ref.low_y, ref.high_y], color=s.color, lw=1, zorder=1.5)
-            ax.scatter(ref.mean_x, ref.mean_y, s=50*s.size**1.5, color=s.color, marker=s.marker, ec="white", lw=.6, zorder=1.6)
-        ax.set_title(_MODALITY[modality])
-        ax.set_title("↖ better", loc="left", color="#2B7A2B", fontsize=7.5)
-        ax.set(xlim=(-.03, 1.03), xticks=list(_TICKS), xticklabels=_TICKS.values(), xlabel=f"{GROUPS[forget].label}\n← more is forgotten")
-        ax.grid(); sns.despine(ax=ax)
+    names, colors = list(dict.fromkeys(methods.method)), dict(vqa=None, qa="#9A9A9A")  # of a line; None: the method's
+    columns = min(5, len(names))
+    fig, axes = plt.subplots(-(-len(names)//columns), columns, squeeze=False, sharex=True, sharey=True, figsize=(1 + max(1.2, 3.6/columns)*columns, .9 + max(1.2, 3/columns)*-(-len(names)//columns)))
+    for ax in axes.flat[len(names):]: ax.set_visible(False)
+    for ax in axes.flat[max(0, len(names) - columns):len(names)]: ax.tick_params(labelbottom=True)  # the lowest of each column
+    for ax, name in zip(axes.flat, names):
+        s, ranks, strengths = style(name), *(_ranks(methods.loc[methods.method == name, c]) for c in (along, "strength"))
+        for modality in reversed(panels):
+            color = colors[modality] or s.color
+            for key, part in found[(found.modality == modality) & (found.method == name)].groupby(line, dropna=False, sort=False):
+                alpha = 1 if along == "strength" else _between(strengths.get(key[-1], 0), len(strengths), .4, 1)
+                part = part.iloc[part[along].map(ranks).argsort()]
+                ax.plot(part.mean_x, part.mean_y, color=color, lw=1.1, alpha=.75*alpha, zorder=2)
+                ax.scatter(part.mean_x, part.mean_y, s=[_between(ranks[v], len(ranks), 8, 40) for v in part[along]], color=color, alpha=alpha, ec="white", lw=.4, zorder=3)
+            for _, ref in (refs[refs.modality == modality].iterrows() if refs is not None else ()):
+                r, color = style(ref.method), colors[modality] or style(ref.method).color
+                ax.plot([ref.low_x, ref.high_x], [ref.mean_y]*2, [ref.mean_x]*2, [ref.low_y, ref.high_y], color=color, lw=.8, zorder=4)
+                ax.scatter(ref.mean_x, ref.mean_y, s=34*r.size**1.5, fc="none", ec=color, marker=r.marker, lw=.9, zorder=5)
+        ax.set_title(name, fontsize=7.5, color=s.color)
+        ax.set(xlim=(-.06, 1.06), xticks=list(_TICKS), xticklabels=["0", "", ".5", "", "1"]); ax.grid(); sns.despine(ax=ax)
     bottom = min([*found.mean_y, *(refs.mean_y if refs is not None else [])])
-    axes[0, 0].set(ylim=(max(0, np.floor(10*bottom - .5)/10) - .03, 1.03), ylabel=f"{GROUPS[keep].label}\nmore is kept →")
+    axes[0, 0].set(ylim=(max(0, np.floor(10*bottom - .5)/10) - .05, 1.05))
     axes[0, 0].yaxis.set_major_formatter(_short)
-    fig.legend(handles=[*(_handle(n, line=False) for n in references), *(_handle(n) for n in dict.fromkeys(methods.method))], loc="outside right upper")
+    fig.supylabel(f"{GROUPS[keep].label}\nmore is kept →", fontsize=8, ha="center")
+    fig.legend(handles=[*(plt.Line2D([], [], ls="", marker=style(n).marker, mfc="none", mec=style(n).color, ms=5*style(n).size, label=n) for n in references),
+        *(plt.Line2D([], [], color=colors[m] or "black", marker="o", ms=4, mec="white", label=_MODALITY[m].lower()) for m in panels)], loc="outside upper center", ncols=4)
     grows = "the greater the strength" if along == "strength" else "the later the step"
-    _footnote(fig, f"{_what(metric, task)}. The bigger a marker, {grows}; means over {_span([*found.facts_x, *found.facts_y])} facts." + " Crosses: 95 % bootstrap intervals."*(refs is not None))
+    _footnote(fig, f"From left to right: {GROUPS[forget].label.lower()}; up and left is better. {_what(metric, task)}. The bigger a marker, {grows}; means over {_span([*found.facts_x, *found.facts_y])} facts." + " Crosses: 95 % bootstrap intervals."*(refs is not None))
     return fig
 
 # %% ../nbs/runs/31_reporting.ipynb #c8f5b627
@@ -400,6 +404,7 @@ def compare(
     seed: int = 0,
 ) -> pd.DataFrame:  # indexed by method, in their order
     """Methods × groups in per cent as `mean [low, high]` (the mean alone where all facts agree), the arrow in the header saying which way is better, and the distance from `reference` in points.
+    Where text of the forgotten is to be kept, the goal for it is vanilla, if that is among the methods: an oracle lacks the text, too.
 
     Raises `InputError` if the reference is absent or a method answers a question twice."""
     if text not in ("↓", "↑"): raise InputError(f"Text knowledge can be meant to go ↓ or ↑, not {text!r}.")
@@ -414,7 +419,9 @@ def compare(
     arrows = {c: text if c in ("forget qa", "test qa") else "↓" if c in ("forget vqa", "test vqa") else "↑" for c in columns if c in found.index.unique("column")}
     wide = lambda values: values.unstack("column").reindex(index=names, columns=list(arrows)).rename_axis(columns=None)
     means = wide(found["mean"])
-    distance = {f"distance to {reference} ↓": (means - means.loc[reference]).abs().mean(axis=1)}
+    goal, kept = means.loc[reference].copy(), [c for c in ("forget qa", "test qa") if c in means]
+    if aims := text == "↑" and reference != "vanilla" and "vanilla" in names: goal[kept] = means.loc["vanilla", kept]
+    distance = {f"distance to {'goal' if aims else reference} ↓": (means - goal).abs().mean(axis=1)}
     if numbers: return pd.DataFrame({f"{c} {part}": wide(found[part])[c] for c in arrows for part in found} | distance)
     cells = wide(found.apply(lambda r: f"{r['mean']:.0f}" + (f" [{r.low:.0f}, {r.high:.0f}]" if r.high > r.low else ""), axis=1)).fillna("–")
     return cells.rename(columns={c: f"{c} {a}" for c, a in arrows.items()}).assign(**distance)
@@ -445,7 +452,8 @@ def save_figure(
     note: str | None = None,  # the caption; by default the line below the figure
     **facts,  # what it was made from: parameters, seeds, seconds, keys of runs
 ) -> Path:  # of the json
-    "Write a figure as png (200 dpi) and pdf, each whole or not at all, with its provenance."
+    "Write a figure as png (200 dpi) and pdf, each whole or not at all, with its provenance. A note is also written below a figure that has no line there."
+    if note and not fig.get_supxlabel(): _footnote(fig, note)
     files = {}
     with plt.rc_context({"pdf.fonttype": 42, "savefig.bbox": None}):
         for suffix, metadata in dict(png={"Software": None}, pdf={"CreationDate": None}).items():
@@ -525,7 +533,7 @@ def save_claims(
     shown = judged.assign(points=[f"{100*r.difference:+.0f} [{100*r.low:+.0f}, {100*r.high:+.0f}]" for r in judged.itertuples()])
     shown = shown[[*(c for c in ("claim", "method", "arm", "part") if c in shown), "points", "facts", "verdict"]]
     words = "; ".join(f"{c}: {claims[c].statement} Published: {claims[c].published}." for c in dict.fromkeys(judged.claim))
-    save_table(shown, folder, "claims", numbers=about, caption=f"Differences in points with 95 % intervals, paired over facts. {words}", **facts)
+    save_table(shown, folder, "claims", numbers=about, caption=f"Differences in points with 95 % intervals, paired over facts: those of one person, and worlds with one trained model each, count as independent, and verdicts are not corrected for their number. {words}", **facts)
     return shown
 
 def collect_claims(
@@ -546,7 +554,7 @@ def collect_claims(
     every = pd.concat(found, ignore_index=True).fillna(dict(arm=""))[columns]
     together = verdicts(every, ("study", "claim", "method", "arm"))
     named = lambda of: ", ".join(of.method) or "–"
-    rows = [dict(study=s, claim=c, paper=(first := every[(every.study == s) & (every.claim == c) & (every.arm == a)].iloc[0]).paper, statement=first.statement, arm=a, **{v: named(of[of.verdict == v]) for v in VERDICTS}, seeds=first.seeds)
+    rows = [dict(study=s, claim=c, paper=(first := every[(every.study == s) & (every.claim == c) & (every.arm == a)].iloc[0]).paper, statement=first.statement, published=first.published, arm=a, **{v: named(of[of.verdict == v]) for v in VERDICTS}, seeds=first.seeds)
         for (s, c, a), of in together.groupby(["study", "claim", "arm"], sort=False)]
-    save_table(pd.DataFrame(rows), folder, "claims", numbers=every, caption="What papers claim and what their claims come to in the embedded world: for which methods every part is supported, one is contradicted, or neither. Intervals are in claims.csv and in the studies.")
+    save_table(pd.DataFrame(rows), folder, "claims", numbers=every, caption="Claims of papers, of summaries of them, and questions of ours (the column published says which), and what they come to in the embedded world: for which methods every part is supported, one is contradicted, or neither. Intervals are in claims.csv and in the studies; facts of one person count as independent there, and verdicts are not corrected for their number.")
     return every

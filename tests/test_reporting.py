@@ -79,6 +79,12 @@ def test_perception_of_the_forgotten_is_apart(table):
     shown = compare(final)
     assert shown.loc["oracle", "distance to oracle ↓"] == 0 and (shown.loc[["vanilla", "NPO"], "distance to oracle ↓"] > 0).all()
     assert {"test qa ↓", "forget perception ↑"} < set(shown) and "test qa ↑" in compare(final, text="↑")
+    kept = compare(final, text="↑")  # an oracle lacks the text that is to stay: the goal for it is vanilla
+    assert "distance to oracle ↓" not in kept and kept.loc["oracle", "distance to goal ↓"] > 0
+    numbers = compare(final, text="↑", numbers=True)
+    means, goal = (numbers[[c for c in numbers if c.endswith(" mean")]] for _ in "ab")
+    goal = goal.loc["oracle"].where(~goal.columns.isin(["forget qa mean", "test qa mean"]), goal.loc["vanilla"])
+    assert kept.loc["NPO", "distance to goal ↓"] == pytest.approx((means.loc["NPO"] - goal).abs().mean())
 
 def test_figures_and_tables_are_byte_stable(table, tmp_path):
     draw = dict(heat=lambda: heatmap_knowledge(table[table.method.isin(["vanilla", "oracle"])]), run=lambda: trajectories(table, groups=("test", "forget perception")), front=lambda: frontier(table))
