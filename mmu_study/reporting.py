@@ -378,12 +378,12 @@ def frontier(
                 r, color = style(ref.method), colors[modality] or style(ref.method).color
                 ax.plot([ref.low_x, ref.high_x], [ref.mean_y]*2, [ref.mean_x]*2, [ref.low_y, ref.high_y], color=color, lw=.8, zorder=4)
                 ax.scatter(ref.mean_x, ref.mean_y, s=34*r.size**1.5, fc="none", ec=color, marker=r.marker, lw=.9, zorder=5)
-        ax.set_title(name, fontsize=7.5, color=s.color)
+        ax.set_title(textwrap.fill(name, 16), fontsize=7.5, color=s.color)
         ax.set(xlim=(-.06, 1.06), xticks=list(_TICKS), xticklabels=["0", "", ".5", "", "1"]); ax.grid(); sns.despine(ax=ax)
     bottom = min([*found.mean_y, *(refs.mean_y if refs is not None else [])])
     axes[0, 0].set(ylim=(max(0, np.floor(10*bottom - .5)/10) - .05, 1.05))
     axes[0, 0].yaxis.set_major_formatter(_short)
-    fig.supylabel(f"{GROUPS[keep].label}\nmore is kept →", fontsize=8, ha="center")
+    fig.supylabel(f"{GROUPS[keep].label}\nmore is kept →", fontsize=8, ha="left", ma="center")
     fig.legend(handles=[*(plt.Line2D([], [], ls="", marker=style(n).marker, mfc="none", mec=style(n).color, ms=5*style(n).size, label=n) for n in references),
         *(plt.Line2D([], [], color=colors[m] or "black", marker="o", ms=4, mec="white", label=_MODALITY[m].lower()) for m in panels)], loc="outside upper center", ncols=4)
     grows = "the greater the strength" if along == "strength" else "the later the step"
