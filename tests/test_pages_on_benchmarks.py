@@ -1,4 +1,4 @@
-"The run pages of unlearning, PULSE and robustness on benchmarks: miniatures, and a checkpoint that knows nobody."
+"The run pages of unlearning, PULSE and robustness, and a paper's page, on benchmarks: miniatures, and a checkpoint that knows nobody."
 import json
 from pathlib import Path
 
@@ -9,7 +9,8 @@ from mmu_study.batches import ask
 from mmu_study.benchmarks import load_benchmark, write_miniature
 from mmu_study.faceworld import Faceworld
 from mmu_study.models import TinyLlava, tiny_llava
-from mmu_study.runs import load_scores, resolve
+from mmu_study import arms
+from mmu_study.runs import Run, load_scores, resolve
 from mmu_study.settings import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -32,15 +33,15 @@ def given(study):
 
 @pytest.fixture
 def scores_of(tmp_path, monkeypatch):
-    def execute(page, **parameters):
+    def execute(page, folder=tmp_path, **parameters):
         "What a page scores, and all its names. It is executed in this process, which spares starting one."
-        for name in ("RUN", "UNFINISHED"): monkeypatch.setenv(f"MMU_STUDY_{name}_DIR", str(tmp_path))
+        for name in ("RUN", "UNFINISHED"): monkeypatch.setenv(f"MMU_STUDY_{name}_DIR", str(folder))
         path, space = ROOT/f"nbs/studies/{page}.ipynb", {}
         for cell in json.loads(path.read_text())["cells"]:
             if cell["cell_type"] != "code": continue
             exec(compile("".join(cell["source"]), path.name, "exec"), space)
             if "parameters" in cell["metadata"].get("tags", []): space |= resolve(path, parameters)
-        return load_scores(tmp_path), space
+        return load_scores(folder) if (folder/"scores.parquet").is_file() else None, space
     threads = torch.get_num_threads()
     yield execute
     torch.set_num_threads(threads)  # pages set them
@@ -76,3 +77,23 @@ def test_robustness_on_a_benchmark(scores_of, given, capsys):
 def test_a_benchmark_without_options_and_unseen_questions(scores_of, given, capsys):
     scores, space = scores_of("38_pulse", **given("clear") | dict(settings=["A"], asked_people=1, method="vanilla"))
     assert {*scores.task} == {"generation"} and {*scores.entity[scores.role == "forget"]} == {*space["split"].forget_entities} and "those of generation" in capsys.readouterr().out
+
+def test_a_paper_s_page_on_a_benchmark(scores_of, given, study, tmp_path, monkeypatch):
+    "From `benchmark` and `model` to the tables and claims, without an oracle; the runs are made here, with one step each."
+    (study/"data").mkdir(exist_ok=True)
+    for name in ("nbs", "data/published.csv"): (study/name).symlink_to(ROOT/name)
+    def made(several, jobs):
+        runs = []
+        for i, (page, parameters) in enumerate(several):
+            (folder := tmp_path/str(i)).mkdir()
+            if page.stem == "38_unlearn": parameters = parameters | dict(overrides=STEPS | parameters["overrides"], points=1)
+            scores_of(page.stem, folder, **parameters)
+            runs.append(Run(str(i), folder, dict(parameters=resolve(page, parameters), seconds=1.)))
+        return runs
+    monkeypatch.setattr(arms, "execute_all", made)
+    monkeypatch.setitem(vars(__import__("builtins")), "display", print)
+    mine = given("mllmu")
+    _, space = scores_of("40_mmunlearner", benchmark=mine["benchmark"], model=mine["model"], forget_pct=[mine["forget_pct"]], others=[])
+    assert {*space["found"].final.arm} == {"MMUnlearner", "GradAscent on pictures", "NPO on pictures"} and {*space["found"].models.method} == {"vanilla"}
+    claims = (space["folder"]/"claims.md").read_text()
+    assert "| M2 | MMUnlearner | 15 % |" in claims and "| M1 |" not in claims and "distance to vanilla" in (space["folder"]/"main.md").read_text()
