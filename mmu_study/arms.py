@@ -97,7 +97,9 @@ class Gathered:
         return self.models.seed.nunique()
 
     @property
-    def choices(self) -> str: return f"{self.worlds} choice{'s'*(self.worlds > 1)} of people"
+    def choices(self) -> str:
+        "How many choices of people, in words."
+        return f"{self.worlds} choice{'s'*(self.worlds > 1)} of people"
 
     @property
     def about(self) -> dict:
