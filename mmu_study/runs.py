@@ -123,14 +123,16 @@ def shares_work(
 
 def _source(nb) -> list[str]: return [c.source for c in _code(nb)]
 
-def _executes(source: list[str]) -> bool: return bool(re.search(r"\b(mmu_study\.(arms|tuning|sweeps|cli)|execute|execute_all)\b", "\n".join(source)))
+def _executes(source: list[str]) -> bool: return bool(re.search(r"\bmmu_study(\.| import [^\n]*\b)(arms|tuning|sweeps|cli)\b|\bexecute(_all)?\b", "\n".join(source)))
 
 def _made_of(nb, notebook: Path) -> dict:
-    "What all runs of a notebook have in their keys."
+    "What all runs of a notebook have in their keys; of one that executes others, the pages that it or the library names, too."
     source = _source(nb)
     if not _executes(source): return dict(source=source, version=mmu_study.__version__, library=source_hash("\n".join(source)))
-    beside = {p.name: _source(_read(p)) for p in sorted(notebook.parent.glob("*.ipynb"))}
-    return dict(source=source, version=mmu_study.__version__, library=source_hash(), beside={n: s for n, s in beside.items() if not _executes(s)})
+    named = "\n".join([*source, *(f.read_text() for f in Path(mmu_study.__file__).parent.rglob("*.py") if f.name != "_modidx.py")])
+    pages = {p.resolve() for folder in (notebook.parent, root()/"nbs/studies") for p in folder.glob("*.ipynb")} - {notebook.resolve()}
+    others = {p.name: _source(_read(p)) for p in sorted(pages) if re.search(rf"\b{re.escape(p.stem)}\b", named)}
+    return dict(source=source, version=mmu_study.__version__, library=source_hash(), others=others)
 
 def _key(nb, name, made_of, values, processes) -> str:
     if processes > 1 and not _shares(nb):

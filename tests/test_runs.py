@@ -93,10 +93,19 @@ def test_the_key_holds_the_modules_that_a_run_needs(tmp_path, monkeypatch):
     assert changed("batches.py") == [True, True]  # which evaluation imports
     assert changed("cli.py", "arms.py", "methods/manu.py") == [False, True]  # a study depends on what it executes, and that on any module
     assert changed() == [False, False]
-    notebook(scores, "from mmu_study.evaluation import evaluate\n2")
-    before = runs.run_key(study)
-    notebook(scores, "from mmu_study.evaluation import evaluate\n3")
-    assert before != runs.run_key(study)
+
+@pytest.mark.parametrize("line", ["from mmu_study.arms import gather", "from mmu_study import arms", "from mmu_study.runs import execute_all"])
+def test_the_key_of_a_study_holds_the_pages_that_it_executes(tmp_path, line):
+    (studies := tmp_path/"nbs/studies").mkdir(parents=True)
+    study = notebook(tmp_path/"mine.ipynb", line + "\n'38_mine'")
+    page = lambda name, code: notebook(studies/f"{name}.ipynb", code)
+    page("38_mine", "1"), page("38_unlearn", "1"), page("38_other", "1")
+    def changed(name, code):
+        before = runs.run_key(study)
+        page(name, code)
+        return before != runs.run_key(study)
+    assert changed("38_mine", "2  # to execute") and changed("38_unlearn", "2")  # named by the study, by the library
+    assert not changed("38_other", "2")
 
 def test_the_import_is_light():
     code = "import sys, mmu_study.runs; print([m for m in ('torch', 'transformers', 'papermill') if m in sys.modules])"
