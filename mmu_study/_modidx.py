@@ -1063,6 +1063,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'mmu_study.settings.atomic_file': ('settings.html#atomic_file', 'mmu_study/settings.py'),
                                     'mmu_study.settings.build_once': ('settings.html#build_once', 'mmu_study/settings.py'),
                                     'mmu_study.settings.key_of': ('settings.html#key_of', 'mmu_study/settings.py'),
+                                    'mmu_study.settings.parsed': ('settings.html#parsed', 'mmu_study/settings.py'),
                                     'mmu_study.settings.path_of': ('settings.html#path_of', 'mmu_study/settings.py'),
                                     'mmu_study.settings.root': ('settings.html#root', 'mmu_study/settings.py'),
                                     'mmu_study.settings.setting': ('settings.html#setting', 'mmu_study/settings.py'),

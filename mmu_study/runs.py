@@ -29,7 +29,7 @@ import yaml
 from tqdm import tqdm
 
 import mmu_study
-from .settings import InputError, atomic_file, build_once, key_of, path_of, root, setting, source_hash, write_json
+from .settings import InputError, atomic_file, build_once, key_of, parsed, path_of, root, setting, source_hash, write_json
 
 # %% ../nbs/runs/30_runs.ipynb #02257286
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def _plain(value):
 def _parameters(nb, name) -> dict[str, Parameter]:
     cells = [c for c in _code(nb) if "parameters" in c.metadata.get("tags", [])]
     if len(cells) != 1: raise InputError(f"{name} has {len(cells) or 'no'} cells tagged 'parameters'; exactly one code cell must carry the tag.")
-    try: statements, lines = ast.parse(cells[0].source).body, cells[0].source.splitlines()
+    try: statements, lines = parsed(cells[0].source).body, cells[0].source.splitlines()
     except SyntaxError: raise InputError(f"The parameters cell of {name} is not plain Python.") from None
     found = {}
     for s in statements:
@@ -101,7 +101,7 @@ def fill_in(
         hint = declared[n].type
         try: values[n] = _plain(value)
         except (TypeError, AttributeError): raise InputError(f"Parameter {n!r} of {name} got {value!r}, which is no JSON value.") from None
-        if not _fits(values[n], ast.parse(hint, mode="eval").body): raise InputError(f"Parameter {n!r} of {name} must be {hint}; {value!r} is {type(value).__name__}.")
+        if not _fits(values[n], parsed(hint, "eval").body): raise InputError(f"Parameter {n!r} of {name} must be {hint}; {value!r} is {type(value).__name__}.")
         if hint.startswith("float") and type(values[n]) is int: values[n] = float(values[n])  # 1 and 1.0 are one run
     return values
 
