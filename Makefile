@@ -35,9 +35,7 @@ pytest: $(READY) ## the tests in tests/
 	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile
 
 notebooks: export HF_HUB_OFFLINE = 1
-# Four processes on two cores: with one thread each they cost the least.
 notebooks: export OMP_NUM_THREADS = 1
-notebooks: export MMU_STUDY_THREADS = 1
 notebooks: $(READY) ## run every notebook; its cells hold the unit tests
 	@# studies take minutes each: `mmu-study study NAME` runs them, and tests execute the run pages
 	$(BIN)/nbdev-test nbs --n-workers 2 --timing --cell-timeout 1800 --skip-folder-re '^([_.]|studies$$)'

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ.update(OMP_WAIT_POLICY="PASSIVE", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", MMU_STUDY_THREADS="1")
+os.environ.update(OMP_WAIT_POLICY="PASSIVE", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
