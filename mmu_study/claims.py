@@ -84,4 +84,4 @@ CLAIMS = {c.id: c for c in [
     Claim("relearning", "2410.08827", "Relearning some of the forgotten facts brings back the others, so they were hidden and not removed.", ("facts, pictures: gain of method − of oracle", "names: gain of method − of oracle"), _OF_TEXT),
     Claim("4 bits", "2410.16454", "Rounding the weights to 4 bits brings back what was unlearned.", ("4 bits − as it is: method − oracle",), _OF_TEXT),
     Claim("samples", "2410.03523", "Among several samples the forgotten is found more often than in the greedy answer, beyond what guessing gives.", ("best of samples − greedy: method − oracle",), _OF_TEXT),
-    Claim("probe", "2402.16835", "A latent probe, one of several tests listed there, reads off hidden states what is no longer said.", ("fact in the last block − said: method − oracle",), f"a list of tests; {_OF_TEXT}")]}
+    Claim("probe", "2402.16835", "A latent probe, one of several tests listed there, reads off hidden states what is no longer said.", ("fact in the last block: method − oracle",), f"a list of tests; {_OF_TEXT}")]}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'METHODS', 'STYLE', 'WIDTH', 'THEME', 'GROUPS', 'Style', 'style', 'use_theme', 'summarize', 'contrast',
-           'Group', 'with_groups', 'heatmap_knowledge', 'trajectories', 'frontier', 'compare', 'save_figure',
-           'save_table', 'published', 'save_answers', 'save_claims', 'collect_claims']
+           'Group', 'with_groups', 'heatmap_knowledge', 'legend_handle', 'curve', 'trajectories', 'frontier', 'compare',
+           'save_figure', 'save_table', 'published', 'save_answers', 'save_claims', 'collect_claims']
 
 # %% ../nbs/runs/31_reporting.ipynb #2c8692ff
 import hashlib, io, json, textwrap
@@ -276,9 +276,24 @@ def _prepared(scores: pd.DataFrame, groups, metric, task, references, need) -> t
     if methods.empty: raise InputError(f"There are no scores of a method, only of {', '.join(dict.fromkeys(scores.method))}.")
     return methods, scores[scores.method.isin(references)]
 
-def _handle(name: str, line: bool = True, marker: bool = True) -> Line2D:
+def legend_handle(name: str, line: bool = True, marker: bool = True) -> Line2D:
+    "What stands for a method or model in a legend."
     s = style(name)
     return Line2D([], [], color=s.color, ls=s.line if line else "", marker=s.marker if marker else "", ms=5.5*s.size if marker else 0, mec="white", mew=.5, label=name)
+
+def curve(
+    ax,
+    part: pd.DataFrame,  # rows of `summarize`: `mean`, `low` and `high` along `x`
+    name: str,  # whose style it has
+    x: str,
+    alpha: float = 1.,
+    band: float = .12,  # opacity of the interval
+    **kwargs,  # to `ax.plot`
+):
+    "One method's mean along `x` with its interval."
+    s, part = style(name), part.sort_values(x)
+    ax.fill_between(part[x].astype(float), part.low, part.high, color=s.color, alpha=alpha*band, lw=0)
+    ax.plot(part[x], part["mean"], color=s.color, ls=s.line, marker=s.marker, ms=4*s.size, mec="white", mew=.4, alpha=alpha, **dict(zorder=3, clip_on=False) | kwargs)
 
 def _what(metric: str, task: str | None) -> str: return f"{metric.replace('_', ' ').capitalize()} in {task or 'all tasks'}"
 
@@ -313,11 +328,9 @@ def trajectories(
                 for _, level in levels[(levels.group == group) & (levels.modality == modality)].iterrows():
                     ax.axhline(level["mean"], color=style(level.method).color, ls=style(level.method).line, lw=1, zorder=1)
             for key, part in here.groupby(line, dropna=False, sort=False):
-                s, part = style(key[0]), part.sort_values(x)
                 strengths = _ranks(methods.loc[methods.method == key[0], "strength"]) if len(line) > 1 else {}
                 alpha = _between(strengths.get(key[-1], 0), len(strengths), .35, 1)
-                ax.fill_between(part[x].astype(float), part.low, part.high, color=s.color, alpha=alpha*min(.13, .6/lines.groupby(line, dropna=False).ngroups), lw=0)
-                ax.plot(part[x], part["mean"], color=s.color, marker=s.marker, ms=4*s.size, mec="white", mew=.4, alpha=alpha, zorder=3, clip_on=False)
+                curve(ax, part, key[0], x, alpha, band=min(.13, .6/lines.groupby(line, dropna=False).ngroups))
             ax.set(ylim=(0, 1), yticks=list(_TICKS), yticklabels=["0", "", ".5", "", "1"])
             if r == 0: ax.set_title(GROUPS[group].label)
             if c == 0: ax.set_ylabel(f"{_MODALITY[modality]}\n{metric.replace('_', ' ')}")
@@ -325,7 +338,7 @@ def trajectories(
             elif (group, rows[r + 1]) not in filled: ax.tick_params(labelbottom=True)
             ax.grid(axis="y"); sns.despine(ax=ax)
     names = [*references, *dict.fromkeys(methods.method)]
-    fig.legend(handles=[_handle(n, marker=n not in MODELS) for n in names], loc="outside upper center", ncols=min(len(names), 6), handlelength=2.4)
+    fig.legend(handles=[legend_handle(n, marker=n not in MODELS) for n in names], loc="outside upper center", ncols=min(len(names), 6), handlelength=2.4)
     many = len(line) > 1 and bool((methods.groupby("method").strength.nunique() > 1).any())
     _footnote(fig, f"{_what(metric, task)}; bands: 95 % bootstrap intervals over {_span(lines.facts)} facts." + " The more opaque a line, the greater the strength."*many)
     return fig
