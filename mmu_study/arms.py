@@ -92,6 +92,11 @@ class Gathered:
         return pd.concat([self.models.assign(arm=self.models.method), self.final], ignore_index=True)
 
     @property
+    def references(self) -> list[str]:
+        "Vanilla, and the oracle where there is one."
+        return [m for m in ("vanilla", "oracle") if (self.models.method == m).any()]
+
+    @property
     def worlds(self) -> int:
         "How many choices of people there are."
         return self.models.seed.nunique()
@@ -173,17 +178,17 @@ def main_table(
     "Arms × groups, one block for every percentage and task."
     blocks = []
     for pct in sorted(found.models.forget_pct.unique()):
-        shown = pd.concat([found.of(m, forget_pct=pct) for m in ("vanilla", "oracle") if (found.models.method == m).any()] + [found.of(a, forget_pct=pct).assign(method=a) for a in arms], ignore_index=True)
+        shown = pd.concat([found.of(m, forget_pct=pct) for m in found.references] + [found.of(a, forget_pct=pct).assign(method=a) for a in arms], ignore_index=True)
         for task in tasks:
             if not ((shown.task == task) & (shown.metric == "accuracy")).any(): continue
             reference = "oracle" if (shown.method == "oracle").any() else "vanilla"
-            blocks.append([compare(shown, reference, task, text=text, numbers=n).rename_axis("method").reset_index().assign(forget_pct=pct, task=task) for n in (False, True)])
+            blocks.append([compare(shown, reference, task, text=text, numbers=n).rename_axis("method").reset_index().assign(forget_pct=pct if n else f"{pct:g}", task=task) for n in (False, True)])
     first = ["forget_pct", "task", "method"]
     return tuple(pd.concat(b, ignore_index=True).pipe(lambda d: d[[*first, *(c for c in d if c not in first)]]) for b in zip(*blocks))
 
 def blocks(cells: pd.DataFrame) -> list[pd.DataFrame]:
     "A main table in parts that fit a page: one for every percentage and task, which its corner names."
-    return [part.drop(columns=["forget_pct", "task"]).set_index("method").round(1).rename_axis(index=None, columns=f"{pct:g} %, {task}") for (pct, task), part in cells.groupby(["forget_pct", "task"], sort=False)]
+    return [part.drop(columns=["forget_pct", "task"]).set_index("method").round(1).rename_axis(index=None, columns=f"{pct} %, {task}") for (pct, task), part in cells.groupby(["forget_pct", "task"], sort=False)]
 
 # %% ../nbs/runs/36_arms.ipynb #8993c821
 def tradeoff(
@@ -194,7 +199,7 @@ def tradeoff(
 ) -> Figure:
     "A panel for every pair of aspects. Errors as `Gathered.of`."
     use_theme()
-    models = [m for m in ("vanilla", "oracle") if (found.models.method == m).any()]
+    models = found.references
     label = {a: found.of(a, forget_pct=forget_pct).method.iloc[0] for a in arms}
     numbered = [a for a in arms if list(label.values()).count(label[a]) > 1]
     fig, axes = plt.subplots(1, len(against), squeeze=False, figsize=(.6 + 2.2*len(against), 2.9))
@@ -220,7 +225,7 @@ def forest(
 ) -> Figure:
     "Every arm a row, every aspect a column: many arms of one method at a glance. Errors as `Gathered.of`."
     use_theme()
-    rows = [*(m for m in ("vanilla", "oracle") if (found.models.method == m).any()), *arms]
+    rows = [*found.references, *arms]
     label = {a: found.of(a, forget_pct=forget_pct).method.iloc[0] for a in arms}
     fig, axes = plt.subplots(1, len(aspects), squeeze=False, sharey=True, figsize=(7, .9 + .2*len(rows)))
     for ax, what in zip(axes[0], aspects):
@@ -228,7 +233,7 @@ def forest(
             m, s = summarize(found.of(name, what, forget_pct), []).iloc[0], style(label.get(name, name))
             ax.plot([m.low, m.high], [y, y], color=s.color, lw=1); ax.plot(m["mean"], y, marker=s.marker, ls="", color=s.color, ms=4.5*s.size, mec="white", mew=.4)
         ax.set(xlim=(-.04, 1.04), xticks=[0, .5, 1], xticklabels=["0", ".5", "1"]); ax.set_title(what.replace(", ", ",\n").replace(" of ", "\nof ").capitalize(), fontsize=7)
-        ax.axhline(len(rows) - len(arms) - .5, color="#BBBBBB", lw=.6); ax.grid(axis="x"); sns.despine(ax=ax)
+        ax.axhline(len(found.references) - .5, color="#BBBBBB", lw=.6); ax.grid(axis="x"); sns.despine(ax=ax)
     axes[0, 0].set_yticks(range(len(rows)), rows, fontsize=7); axes[0, 0].set_ylim(len(rows) - .4, -.6)
     fig.supxlabel(f"Accuracy in sentences; bars: 95 % bootstrap intervals over facts; {found.choices}{'' if forget_pct is None else f', {forget_pct:g} % forgotten'}.", x=.01, ha="left", fontsize=6.5, color="#444444")
     return fig

@@ -33,12 +33,12 @@ def verdict(
 
 def judge(
     claim: Claim,
-    contrasts: list[pd.DataFrame],  # for every part of the claim what `reporting.contrast` returned: difference, low, high, facts, and columns such as `method`
-) -> pd.DataFrame:  # claim, part, the columns of the contrasts, verdict
+    contrasts: list[pd.DataFrame],  # for every part of the claim what `reporting.contrast` returned: difference, low, high, low_people, high_people, and columns such as `method`
+) -> pd.DataFrame:  # claim, part, the columns of the contrasts, verdict (from the interval over facts), verdict_people (over people)
     "A row for every part of a claim and every row of its contrast. `InputError` unless there is one contrast a part."
     if len(contrasts) != len(claim.parts): raise InputError(f"Claim {claim.id} has {len(claim.parts)} parts; {len(contrasts)} contrasts were given.")
     found = pd.concat([c.assign(claim=claim.id, part=part) for part, c in zip(claim.parts, contrasts)], ignore_index=True)
-    found["verdict"] = [verdict(low, high) for low, high in zip(found.low, found.high)]
+    for over in ("", "_people"): found["verdict" + over] = [verdict(low, high) for low, high in zip(found["low" + over], found["high" + over])]
     return found[["claim", "part", *(c for c in found if c not in ("claim", "part"))]]
 
 def verdicts(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODELS', 'METHODS', 'STYLE', 'WIDTH', 'THEME', 'GROUPS', 'Style', 'style', 'use_theme', 'summarize', 'contrast',
            'Group', 'with_groups', 'heatmap_knowledge', 'legend_handle', 'curve', 'trajectories', 'frontier', 'compare',
-           'save_figure', 'save_table', 'published', 'save_answers', 'save_claims', 'collect_claims']
+           'save_figure', 'save_table', 'published', 'save_answers', 'save_claims', 'claims_figure', 'collect_claims']
 
 # %% ../nbs/runs/31_reporting.ipynb #2c8692ff
 import hashlib, io, json, textwrap
@@ -21,6 +21,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from .claims import CLAIMS, VERDICTS, Claim, verdicts
 from .records import MODALITIES, TASKS
@@ -149,8 +150,10 @@ def contrast(
     metric: str = "accuracy",
     n_boot: int = 2000,
     seed: int = 0,
-) -> pd.DataFrame:  # `by`, a, b (means over the common units), difference a − b, low, high, facts (common units), and seeds (of them) where there is a column `seed`
-    "Paired difference of two arms with its 95 % bootstrap interval. Raises `InputError` if the arms have no unit in common."
+) -> pd.DataFrame:  # `by`, a, b (means over the common units), difference a − b, low, high, facts (common units), low_people, high_people, people, and seeds where there is a column `seed`
+    """Paired difference of two arms with its 95 % bootstrap interval, over facts, and a second one over people with all their facts (countries and strangers count as people), for what one person's facts have in common.
+
+    Raises `InputError` if the arms have no unit in common."""
     if ("seed" in scores_a) != ("seed" in scores_b): raise InputError("Only one of the two arms has a column 'seed'; units are paired within seeds, so both need it or neither.")
     by, rows = _listed(by), []
     a, b = _per_unit(scores_a, by, metric), _per_unit(scores_b, by, metric)
@@ -158,9 +161,11 @@ def contrast(
     if common.empty: raise InputError("The two arms have no unit in common (a person's fact, in the same group and seed), so they cannot be paired.")
     for group, part in _groups(common, by):
         mean_a, mean_b = (part[f"sum_{s}"].sum()/part[f"count_{s}"].sum() for s in "ab")
-        resampled = _resampled(part.sum_a, part.count_a, n_boot, seed) - _resampled(part.sum_b, part.count_b, n_boot, seed) if len(part) > 1 else [np.nan]
+        people = part.groupby([c for c in ("entity", "seed") if c in part])[["sum_a", "count_a", "sum_b", "count_b"]].sum()
+        low, high, low_people, high_people = (bound for units in (part, people) for bound in _interval(
+            _resampled(units.sum_a, units.count_a, n_boot, seed) - _resampled(units.sum_b, units.count_b, n_boot, seed) if len(units) > 1 else [np.nan]).values())
         seeds = dict(seeds=part.seed.nunique()) if "seed" in part else {}
-        rows.append(dict(zip(by, group)) | dict(a=mean_a, b=mean_b, difference=mean_a - mean_b, **_interval(resampled), facts=len(part), **seeds))
+        rows.append(dict(zip(by, group)) | dict(a=mean_a, b=mean_b, difference=mean_a - mean_b, low=low, high=high, facts=len(part), low_people=low_people, high_people=high_people, people=len(people), **seeds))
     return pd.DataFrame(rows)
 
 # %% ../nbs/runs/31_reporting.ipynb #75087a79
@@ -288,12 +293,12 @@ def curve(
     x: str,
     alpha: float = 1.,
     band: float = .12,  # opacity of the interval
-    **kwargs,  # to `ax.plot`
+    **line,  # to `ax.plot`, in place of the style's
 ):
     "One method's mean along `x` with its interval."
     s, part = style(name), part.sort_values(x)
     ax.fill_between(part[x].astype(float), part.low, part.high, color=s.color, alpha=alpha*band, lw=0)
-    ax.plot(part[x], part["mean"], color=s.color, ls=s.line, marker=s.marker, ms=4*s.size, mec="white", mew=.4, alpha=alpha, **dict(zorder=3, clip_on=False) | kwargs)
+    ax.plot(part[x], part["mean"], **dict(color=s.color, ls=s.line, marker=s.marker, ms=4*s.size, mec="white", mew=.4, alpha=alpha, zorder=3, clip_on=False) | line)
 
 def _what(metric: str, task: str | None) -> str: return f"{metric.replace('_', ' ').capitalize()} in {task or 'all tasks'}"
 
@@ -536,7 +541,7 @@ def save_answers(
 
 # %% ../nbs/runs/31_reporting.ipynb #fe50bd6a
 def save_claims(
-    judged: pd.DataFrame,  # from `judge`: claim, part, method, difference, low, high, facts, verdict, and what else sets rows apart, such as arm
+    judged: pd.DataFrame,  # from `judge`: claim, part, method, difference, low, high, facts, verdict, verdict_people, and what else sets rows apart, such as arm
     folder,
     claims: dict[str, Claim] = CLAIMS,  # id -> the claim
     **facts,  # as `save_table`, with `seeds`
@@ -544,15 +549,42 @@ def save_claims(
     "Write a study's claims: `claims.csv` with statements and all digits, md and tex in points."
     about = judged.assign(paper=[claims[c].paper for c in judged.claim], statement=[claims[c].statement for c in judged.claim], published=[claims[c].published for c in judged.claim])
     shown = judged.assign(points=[f"{100*r.difference:+.0f} [{100*r.low:+.0f}, {100*r.high:+.0f}]" for r in judged.itertuples()])
-    shown = shown[[*(c for c in ("claim", "method", "arm", "part") if c in shown), "points", "facts", "verdict"]]
+    shown = shown[[*(c for c in ("claim", "method", "arm", "part") if c in shown), "points", "facts", "verdict", "verdict_people"]].rename(columns=dict(verdict_people="over people"))
     words = "; ".join(f"{c}: {claims[c].statement} Published: {claims[c].published}." for c in dict.fromkeys(judged.claim))
-    save_table(shown, folder, "claims", numbers=about, caption=f"Differences in points with 95 % intervals, paired over facts: those of one person, and worlds with one trained model each, count as independent, and verdicts are not corrected for their number. {words}", **facts)
+    save_table(shown, folder, "claims", numbers=about, caption=f"Differences in points with 95 % intervals, paired over facts; the last column is the verdict if people with all their facts are drawn instead. Worlds with one trained model each count as independent, and verdicts are not corrected for their number. {words}", **facts)
     return shown
+
+def _together(every: pd.DataFrame) -> pd.DataFrame:
+    "The parts of a claim together, for every study, method and arm: verdict, and whether it is `firm`, the same over people."
+    together, people = (verdicts(every.assign(verdict=every[v]), ("study", "claim", "method", "arm")) for v in ("verdict", "verdict_people"))
+    return together.assign(firm=together.verdict == people.verdict)
+
+@_themed
+def claims_figure(
+    every: pd.DataFrame,  # from `collect_claims`
+) -> Figure:
+    "Every claim a bar: for how many of the cases (a method, at a percentage or against another) it is supported, contradicted, or neither."
+    cases, colors = _together(every), dict(supported="#0072B2", inconclusive="#CFCFCF", contradicted="#D55E00")
+    said = every.drop_duplicates(["study", "claim"]).set_index(["study", "claim"]).statement
+    rows = [row for study in cases.study.unique() for row in [(study, None), *((study, c) for c in sorted(cases.claim[cases.study == study].unique()))]]
+    fig, ax = plt.subplots(figsize=(WIDTH, height := .8 + .18*len(rows)))
+    for y, (study, claim) in enumerate(rows):
+        if claim is None: ax.text(0, y, study, fontsize=7, fontweight="bold", va="center"); continue
+        of, left = cases[(cases.study == study) & (cases.claim == claim)], 0
+        for verdict, color in colors.items():
+            for firm in (True, False) if verdict != "contradicted" else (False, True):
+                n = ((of.verdict == verdict) & (of.firm == firm)).sum()/len(of)
+                ax.barh(y, n, left=left, color=color, alpha=1 if firm or verdict == "inconclusive" else .45, height=.75, lw=0); left += n
+        ax.text(1.01, y, len(of), fontsize=6, va="center")
+        ax.text(-.02, y, f"{textwrap.shorten(said[study, claim], 91, placeholder=' …')}  {claim}", fontsize=6, va="center", ha="right")
+    ax.set(ylim=(len(rows) - .4, -.6), xlim=(0, 1)); ax.axis("off"); fig.set_layout_engine("none"); ax.set_position([.69, .5/height, .27, 1 - .8/height])
+    fig.legend(handles=[Patch(color=c, label=v) for v, c in colors.items()], loc="upper right", ncols=3, fontsize=6.5)
+    return fig
 
 def collect_claims(
     folder=None,  # where the studies' folders are; the study's `figures`
     claims: dict[str, Claim] = CLAIMS,  # for studies that have saved no statements
-) -> pd.DataFrame:  # study, claim, paper, statement, published, method, arm, part, difference, low, high, facts, seeds, verdict, commit
+) -> pd.DataFrame:  # study, claim, paper, statement, published, method, arm, part, difference, low, high, facts, low_people, high_people, people, seeds, verdict, verdict_people, commit
     "Put the claims of all studies together, as `claims.csv`, md and tex in that folder: the csv has every part, md and tex one row a claim, study and arm. `InputError` if there are none."
     folder, found = Path(folder or path_of("figures")), []
     for file in sorted(folder.glob("*/claims.csv")):
@@ -563,11 +595,14 @@ def collect_claims(
             if column not in part: part[column] = [getattr(claims.get(c), column, "") for c in part.claim]
         found.append(part.assign(arm=part.arm if "arm" in part else ""))
     if not found: raise InputError(f"No study in {folder} has claims; run one with -p publish true.")
-    columns = ["study", "claim", "paper", "statement", "published", "method", "arm", "part", "difference", "low", "high", "facts", "seeds", "verdict", "commit"]
+    columns = ["study", "claim", "paper", "statement", "published", "method", "arm", "part", "difference", "low", "high", "facts", "low_people", "high_people", "people", "seeds", "verdict", "verdict_people", "commit"]
     every = pd.concat(found, ignore_index=True).fillna(dict(arm=""))[columns]
-    together = verdicts(every, ("study", "claim", "method", "arm"))
-    named = lambda of: ", ".join(of.method) or "–"
+    together = _together(every)
+    together["name"] = together.method + np.where(together.firm, "", "°")
+    named = lambda of: ", ".join(of["name"]) or "–"
     rows = [dict(study=s, claim=c, paper=(first := every[(every.study == s) & (every.claim == c) & (every.arm == a)].iloc[0]).paper, statement=first.statement, published=first.published, arm=a, **{v: named(of[of.verdict == v]) for v in VERDICTS}, seeds=first.seeds)
         for (s, c, a), of in together.groupby(["study", "claim", "arm"], sort=False)]
-    save_table(pd.DataFrame(rows), folder, "claims", numbers=every, caption="Claims of papers, of summaries of them, and questions of ours (the column published says which), and what they come to in the embedded world: for which methods every part is supported, one is contradicted, or neither. Intervals are in claims.csv and in the studies; facts of one person count as independent there, and verdicts are not corrected for their number.")
+    save_table(pd.DataFrame(rows), folder, "claims", numbers=every, caption="Claims of papers, of summaries of them, and questions of ours (the column published says which), and what they come to in the embedded world: for which methods every part is supported, one is contradicted, or neither. °: not so if people with all their facts are drawn instead of single facts. Intervals of both kinds are in claims.csv and in the studies; verdicts are not corrected for their number.")
+    save_figure(fig := claims_figure(every), folder, "claims_figure", note="Claims by study. At the right: cases, a method at a percentage, against another, or an arm. Pale: not so if people with all their facts are drawn instead of single facts. Statements and intervals: claims.csv.")
+    plt.close(fig)
     return every

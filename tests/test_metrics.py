@@ -141,7 +141,7 @@ def test_an_interval_decides(bounds, expected): assert verdict(*bounds) == expec
 @pytest.mark.parametrize("parts, expected", [("ss", "supported"), ("si", "inconclusive"), ("sc", "contradicted"), ("ic", "contradicted"), ("ii", "inconclusive")])
 def test_parts_of_a_claim_are_taken_together(parts, expected):
     bounds = dict(s=(.1, .2), c=(-.2, -.1), i=(-.1, .1))
-    rows = [pd.DataFrame([dict(method=m, difference=0., low=bounds[p][0], high=bounds[p][1], facts=3) for m in ("x", "y")]) for p in parts]
+    rows = [pd.DataFrame([dict(method=m, difference=0., low=bounds[p][0], high=bounds[p][1], facts=3, low_people=-1., high_people=1., people=2) for m in ("x", "y")]) for p in parts]
     found = judge(Claim("F9", "none", "It holds.", ("a − b", "c − d")), rows)
     assert verdicts(found).verdict.tolist() == [expected] and verdicts(found, ("claim", "method")).verdict.tolist() == [expected]*2
     assert found.part.tolist() == ["a − b"]*2 + ["c − d"]*2

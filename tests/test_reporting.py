@@ -61,6 +61,18 @@ def test_contrast_is_paired():
     with pytest.raises(InputError, match="no unit in common"): contrast(a, a.assign(fact="other"))
     with pytest.raises(InputError, match="Only one of the two arms"): contrast(a, a.drop(columns="seed"))
 
+def test_people_are_drawn_with_all_their_facts():
+    "Where the facts of a person share one fate, an interval over facts covers too rarely, one over people as often as it says."
+    rng, over_facts, over_people = np.random.default_rng(0), 0, 0
+    for _ in range(200):
+        fate = np.repeat(rng.random(40) < .6, 6).astype(float)
+        a = pd.DataFrame(dict(entity=np.repeat(np.arange(40), 6), fact=np.tile(np.arange(6), 40), metric="accuracy", value=fate))
+        row = contrast(a, a.assign(value=0.), n_boot=400).iloc[0]
+        over_facts += row.low <= .6 <= row.high; over_people += row.low_people <= .6 <= row.high_people
+    assert (row.facts, row.people) == (240, 40) and over_facts/200 < .8 and .88 <= over_people/200 <= .99
+    alone = contrast(a[a.entity == 0], a[a.entity == 0]).iloc[0]
+    assert alone.low == 0 and np.isnan(alone.low_people)
+
 def test_bad_input_is_one_sentence(table):
     with pytest.raises(InputError, match="no style for 'Nobody'; the table STYLE knows base, vanilla"): style("Nobody")
     with pytest.raises(InputError, match="no style for 'Nobody'"): trajectories(table.replace({"method": {"NPO": "Nobody"}}))
