@@ -151,7 +151,7 @@ def contrast(
     n_boot: int = 2000,
     seed: int = 0,
 ) -> pd.DataFrame:  # `by`, a, b (means over the common units), difference a − b, low, high, facts (common units), low_people, high_people, people, and seeds where there is a column `seed`
-    """Paired difference of two arms with its 95 % bootstrap interval, over facts, and a second one over people with all their facts (countries and strangers count as people), for what one person's facts have in common.
+    """Paired difference of two arms with its 95 % bootstrap interval, over facts, and a second one over people with all their facts (countries and strangers count as people), for what one person's facts have in common; it is NaN for fewer than five people, too few to draw from.
 
     Raises `InputError` if the arms have no unit in common."""
     if ("seed" in scores_a) != ("seed" in scores_b): raise InputError("Only one of the two arms has a column 'seed'; units are paired within seeds, so both need it or neither.")
@@ -161,9 +161,10 @@ def contrast(
     if common.empty: raise InputError("The two arms have no unit in common (a person's fact, in the same group and seed), so they cannot be paired.")
     for group, part in _groups(common, by):
         mean_a, mean_b = (part[f"sum_{s}"].sum()/part[f"count_{s}"].sum() for s in "ab")
-        people = part.groupby([c for c in ("entity", "seed") if c in part])[["sum_a", "count_a", "sum_b", "count_b"]].sum()
-        low, high, low_people, high_people = (bound for units in (part, people) for bound in _interval(
-            _resampled(units.sum_a, units.count_a, n_boot, seed) - _resampled(units.sum_b, units.count_b, n_boot, seed) if len(units) > 1 else [np.nan]).values())
+        world = part.seed.astype(str).str.split("/").str[0] if "seed" in part else 0  # a seed may be world/choice: whoever is in several choices is one person
+        people = part.assign(world=world).groupby(["entity", "world"])[["sum_a", "count_a", "sum_b", "count_b"]].sum()
+        low, high, low_people, high_people = (bound for units, least in ((part, 2), (people, 5)) for bound in _interval(
+            _resampled(units.sum_a, units.count_a, n_boot, seed) - _resampled(units.sum_b, units.count_b, n_boot, seed) if len(units) >= least else [np.nan]).values())
         seeds = dict(seeds=part.seed.nunique()) if "seed" in part else {}
         rows.append(dict(zip(by, group)) | dict(a=mean_a, b=mean_b, difference=mean_a - mean_b, low=low, high=high, facts=len(part), low_people=low_people, high_people=high_people, people=len(people), **seeds))
     return pd.DataFrame(rows)
@@ -549,9 +550,9 @@ def save_claims(
     "Write a study's claims: `claims.csv` with statements and all digits, md and tex in points."
     about = judged.assign(paper=[claims[c].paper for c in judged.claim], statement=[claims[c].statement for c in judged.claim], published=[claims[c].published for c in judged.claim])
     shown = judged.assign(points=[f"{100*r.difference:+.0f} [{100*r.low:+.0f}, {100*r.high:+.0f}]" for r in judged.itertuples()])
-    shown = shown[[*(c for c in ("claim", "method", "arm", "part") if c in shown), "points", "facts", "verdict", "verdict_people"]].rename(columns=dict(verdict_people="over people"))
+    shown = shown[[*(c for c in ("claim", "method", "arm", "part") if c in shown), "points", "facts", "verdict", "people", "verdict_people"]].rename(columns=dict(verdict_people="over people"))
     words = "; ".join(f"{c}: {claims[c].statement} Published: {claims[c].published}." for c in dict.fromkeys(judged.claim))
-    save_table(shown, folder, "claims", numbers=about, caption=f"Differences in points with 95 % intervals, paired over facts; the last column is the verdict if people with all their facts are drawn instead. Worlds with one trained model each count as independent, and verdicts are not corrected for their number. {words}", **facts)
+    save_table(shown, folder, "claims", numbers=about, caption=f"Differences in points with 95 % intervals, paired over facts; the last column is the verdict if people with all their facts are drawn instead (at least five). Worlds with one trained model each count as independent, and verdicts are not corrected for their number. {words}", **facts)
     return shown
 
 def _together(every: pd.DataFrame) -> pd.DataFrame:
@@ -591,6 +592,7 @@ def collect_claims(
         about = json.loads(file.with_suffix(".json").read_text())
         part = pd.read_csv(file, dtype=dict(claim=str, paper=str)).assign(study=file.parent.name, commit=about["provenance"]["commit"])
         if "seeds" not in part: part["seeds"] = len(about["seeds"]["world"])
+        if "verdict_people" not in part: raise InputError(f"The claims of {file.parent.name} were judged over facts only, by an earlier version; publish the study again.")
         for column in ("paper", "statement", "published"):
             if column not in part: part[column] = [getattr(claims.get(c), column, "") for c in part.claim]
         found.append(part.assign(arm=part.arm if "arm" in part else ""))
@@ -602,7 +604,7 @@ def collect_claims(
     named = lambda of: ", ".join(of["name"]) or "–"
     rows = [dict(study=s, claim=c, paper=(first := every[(every.study == s) & (every.claim == c) & (every.arm == a)].iloc[0]).paper, statement=first.statement, published=first.published, arm=a, **{v: named(of[of.verdict == v]) for v in VERDICTS}, seeds=first.seeds)
         for (s, c, a), of in together.groupby(["study", "claim", "arm"], sort=False)]
-    save_table(pd.DataFrame(rows), folder, "claims", numbers=every, caption="Claims of papers, of summaries of them, and questions of ours (the column published says which), and what they come to in the embedded world: for which methods every part is supported, one is contradicted, or neither. °: not so if people with all their facts are drawn instead of single facts. Intervals of both kinds are in claims.csv and in the studies; verdicts are not corrected for their number.")
-    save_figure(fig := claims_figure(every), folder, "claims_figure", note="Claims by study. At the right: cases, a method at a percentage, against another, or an arm. Pale: not so if people with all their facts are drawn instead of single facts. Statements and intervals: claims.csv.")
+    save_table(pd.DataFrame(rows), folder, "claims", numbers=every, caption="Claims of papers, of summaries of them, and questions of ours (the column published says which), and what they come to in the embedded world: for which methods every part is supported, one is contradicted, or neither. °: not so if people with all their facts are drawn instead of single facts. Intervals of both kinds are in claims.csv; verdicts are not corrected for their number.")
+    save_figure(fig := claims_figure(every), folder, "claims_figure", note="Claims by study. At the right: cases, a method at a percentage, against another, or an arm. Pale: supported or contradicted, but not so if people with all their facts are drawn instead of single facts. Statements and intervals: claims.csv.")
     plt.close(fig)
     return every
