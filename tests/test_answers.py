@@ -21,9 +21,9 @@ def of(every: pd.DataFrame, arm: str, role: str, modality=None) -> pd.DataFrame:
     kept = every[(every.arm == arm) & (every.role == role) & (every.forget_pct == 10) & (True if modality is None else every.modality == modality)]
     return kept.groupby(["seed", "entity", "fact"])[["right", "asked"]].sum()
 
-def interval(a: pd.DataFrame, b: pd.DataFrame) -> tuple:
-    "The difference of two arms on their common facts, its 95 % interval from 4,000 draws of facts, how many facts and seeds these are."
-    both = a.merge(b, left_index=True, right_index=True, suffixes=("_a", "_b")).to_numpy()
+def interval(a: pd.DataFrame, b: pd.DataFrame, over: list[str]) -> tuple:
+    "The difference of two arms on their common facts, its 95 % interval from 4,000 draws of facts or people, how many of these and how many seeds there are."
+    both = a.merge(b, left_index=True, right_index=True, suffixes=("_a", "_b")).groupby(level=over).sum().to_numpy()
     drawn = both[np.random.default_rng(12345).integers(len(both), size=(4000, len(both)))].sum(axis=1)
     rates = np.vstack([both.sum(axis=0), drawn])
     difference = rates[:, 0]/rates[:, 1] - rates[:, 2]/rates[:, 3]
@@ -44,14 +44,15 @@ CLAIMS = [  # study, claim, arm as in claims.csv, which of its parts, the two si
     ("manu", "N1", "10 %", 0, lambda e: (of(e, "vanilla", **PICTURES), of(e, "MANU", **PICTURES))),
     ("null_space_cvf", "C3", "10 %", 0, lambda e: (of(e, "CVF+NCU (reconstruction)", role="retain", modality="vqa"), scaled(of(e, "vanilla", role="retain", modality="vqa"), .95)))]
 
+@pytest.mark.parametrize("unit, over, suffix", [("facts", ["seed", "entity", "fact"], ""), ("people", ["seed", "entity"], "_people")], ids=["facts", "people"])
 @pytest.mark.parametrize("study, claim, arm, part, sides", CLAIMS, ids=[f"{c[0]} {c[1]}" for c in CLAIMS])
-def test_a_claim_follows_from_the_stored_answers(study, claim, arm, part, sides):
+def test_a_claim_follows_from_the_stored_answers(study, claim, arm, part, sides, unit, over, suffix):
     found = pd.read_csv(FIGURES/study/"claims.csv")
     row = found[(found.claim == claim) & (found.arm == arm)].iloc[part]
-    difference, low, high, facts, seeds = interval(*sides(answers(study)))
-    assert (facts, seeds) == (row.facts, row.seeds)
-    assert difference == pytest.approx(row.difference, abs=1e-4) and abs(low - row.low) < .02 and abs(high - row.high) < .02
-    if min(abs(low), abs(high)) > .02: assert verdict(low, high) == row.verdict
+    difference, low, high, units, seeds = interval(*sides(answers(study)), over)
+    assert (units, seeds) == (row[unit], row.seeds)
+    assert difference == pytest.approx(row.difference, abs=1e-4) and abs(low - row["low" + suffix]) < .02 and abs(high - row["high" + suffix]) < .02
+    if min(abs(low), abs(high)) > .02: assert verdict(low, high) == row["verdict" + suffix]
 
 def test_all_claims_of_the_studies_are_collected():
     every = pd.read_csv(FIGURES/"claims.csv", dtype=dict(paper=str))
