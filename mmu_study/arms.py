@@ -162,7 +162,7 @@ def gather(
     def unlearn(s, a):
         strengths = a.strengths if nth(s) < (a.gridded or len(settings)) else "own"
         return given("38_unlearn", s, method=a.method, preset=a.preset or preset, overrides=a.overrides, strengths=strengths, points=a.points, tasks=list(a.tasks), threads=int(jobs > 1))
-    runs = execute_all([given("37_models", s) if name is None else unlearn(s, arms[name]) for s, name in todo] + list(also), jobs)
+    runs = execute_all([given("37_models", s, threads=int(jobs > 1)) if name is None else unlearn(s, arms[name]) for s, name in todo] + list(also), jobs)
     named = lambda s: dict(seed=f"{s.get('world_seed', 0)}/{s['forget_seed']}", forget_pct=s["forget_pct"])
     scored = [r.scores().assign(**named(s), **({} if name is None else dict(arm=name))) for r, (s, name) in zip(runs, todo)]
     facts = [dict(arm=name, **named(s), **f) for r, (s, name) in zip(runs, todo) if name is not None for f in json.loads((r.path/"unlearned.json").read_text())]

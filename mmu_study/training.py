@@ -397,7 +397,7 @@ def built(
     progress: bool = True,
 ) -> Path:
     """The folder of a model of the world, trained first if the cache does not hold it. Every stage is kept, and a killed training goes
-    on at its last checkpoint. `InputError` for an unknown kind, forget people where there should be none (or the reverse), or whom the stage does not teach."""
+    on at its last checkpoint; torch has one thread meanwhile. `InputError` for an unknown kind, forget people where there should be none (or the reverse), or whom the stage does not teach."""
     if kind not in KINDS: raise InputError(f"There is no model {kind!r} of a world; choose one of {', '.join(KINDS)}.")
     if (kind in ORACLES) != bool(forget): raise InputError(f"{kind} was asked for with {len(forget)} people to leave out; an oracle needs some and no other model takes any.")
     if forget and (strange := {*forget} - {*(p := world.population).entity[p.group == ORACLES[kind]]}): raise InputError(f"{kind} can do without people of the group {ORACLES[kind]!r} only, and {', '.join(sorted(strange))} is none.")
@@ -409,11 +409,13 @@ def built(
     start = built(world, before, progress=progress) if before else None
 
     def teach(partial):
-        use_threads()
-        mllm = MLLM.load(start) if start else tiny_llava(school.tiny, _corpus(world), seed=world.seed)
-        recipe = getattr(school, stage)
-        log = teach_vision(mllm, world, recipe, progress=progress) if stage == "vision" else finetune(
-            mllm, lessons(world, tuple(forget), without)[stage], recipe, desc=kind, checkpoint=folder.with_name(f"{folder.name}.training"), progress=progress)
+        recipe, threads = getattr(school, stage), torch.get_num_threads()
+        use_threads(1)  # with another number it would be another model, and a second thread saves next to nothing
+        try:
+            mllm = MLLM.load(start) if start else tiny_llava(school.tiny, _corpus(world), seed=world.seed)
+            log = teach_vision(mllm, world, recipe, progress=progress) if stage == "vision" else finetune(
+                mllm, lessons(world, tuple(forget), without)[stage], recipe, desc=kind, checkpoint=folder.with_name(f"{folder.name}.training"), progress=progress)
+        finally: use_threads(threads)
         mllm.write(partial)
         log.to_csv(partial/"log.csv", index=False)
         write_json(partial/"made_from.json", dict(world=asdict(world), kind=kind, left_out=left_out, recipe=asdict(recipe), after=start and start.name))

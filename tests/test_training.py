@@ -38,15 +38,16 @@ def finetune(*a, **k):
     return loop(*a, **{**k, "every": 5})
 training.finetune = finetune
 world = Faceworld(**%r, seed=int(sys.argv[1]))
+training.use_threads()
 folder = training.built(world, "vanilla", progress=False)
 evaluate(MLLM.load(folder), thin(world.split(25).score, 1)).to_parquet(sys.argv[2])
 with open(sys.argv[2] + ".batches", "x") as f: f.write(" ".join(done))
 """ % WORLD
 
 
-def start(root: Path, out: Path, seed: int = 0) -> subprocess.Popen:
+def start(root: Path, out: Path, seed: int = 0, threads: int = 1) -> subprocess.Popen:
     root.mkdir(exist_ok=True)
-    env = os.environ | {"MMU_STUDY_ROOT": str(root), "PYTHONPATH": str(Path(__file__).parents[1])}
+    env = os.environ | {"MMU_STUDY_ROOT": str(root), "MMU_STUDY_THREADS": str(threads), "PYTHONPATH": str(Path(__file__).parents[1])}
     return subprocess.Popen([sys.executable, "-c", SCRIPT, str(seed), str(out)], env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -92,6 +93,13 @@ def test_same_seed_same_scores_other_seed_not(whole, tmp_path):
     first, again, other = (pd.read_parquet(p) for p in (whole/"scores.parquet", tmp_path/"again.parquet", tmp_path/"other.parquet"))
     pd.testing.assert_frame_equal(first, again, check_exact=True)
     assert len(first) != len(other) or not (first.value.to_numpy() == other.value.to_numpy()).all()
+
+
+def test_a_model_does_not_depend_on_the_number_of_threads(whole, tmp_path):
+    finish(start(tmp_path/"two", tmp_path/"two.parquet", threads=2))
+    for kind in ("vision", "base", "vanilla"):
+        two, one = weights(tmp_path/"two", kind), weights(whole/"study", kind)
+        assert all(torch.equal(two[n], one[n]) for n in one)
 
 
 def test_checkpoint_is_an_ordinary_one(whole):
