@@ -154,8 +154,9 @@ def total(
 
 # %% ../nbs/runs/32_sweeps.ipynb #014f11be
 def _likely(done: list[dict], notebook: Path, wanted: dict) -> float:
-    "Seconds of those finished runs of a notebook that share most parameters with these; NaN if there is none."
-    alike = [(sum(r["parameters"].get(n) == v for n, v in wanted.items()), r["seconds"]) for r in done if Path(r["notebook"]).name == notebook.name]
+    "Seconds of those finished runs of a notebook with the same model that share most parameters with these; NaN if there is none."
+    alike = [(sum(r["parameters"].get(n) == v for n, v in wanted.items()), r["seconds"]) for r in done
+        if Path(r["notebook"]).name == notebook.name and r["parameters"].get("model", "") == wanted.get("model", "")]
     return float(pd.Series([s for n, s in alike if n == max(alike)[0]]).median()) if alike else math.nan
 
 def _gib(wanted: dict) -> float:

@@ -105,6 +105,11 @@ def test_a_run_is_running_while_build_once_builds_it_and_no_longer(tmp_path):
     process.kill(); process.wait()
     assert not sweeps.held(tmp_path/"r/m")
 
+def test_what_a_run_may_take_is_not_learned_from_another_model():
+    done = [dict(notebook="nbs/page.ipynb", parameters=dict(model="", method="NPO"), seconds=5.)]
+    likely = lambda **wanted: sweeps._likely(done, Path("page.ipynb"), wanted)
+    assert likely(model="", method="IDK") == 5 and math.isnan(likely(model="llava-1.5-7b", method="NPO"))
+
 def test_a_thousand_finished_runs_are_listed_in_three_seconds(tmp_path):
     for r in grid(tmp_path, f"product: {{seed: {[*range(1000)]}}}").runs: finish(r)
     begun = spent()
