@@ -162,7 +162,7 @@ def test_the_sum_and_its_switches(mllm, request_):
         assert float(logged[name].detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
     assert max(retain.index[:n]) < work.prepared.retained <= min(retain.index[n:])
 
-@pytest.mark.parametrize("switch", [dict(lambda_look=0.), dict(lambda_ret=0.), dict(lambda_gen=0.), dict(push=0.), dict(remove=False), dict(alike=False, crowd=2), dict(crowd=1), dict(basin=0.99, margin=9.), dict(questions=("What do you see?",)), dict(lambda_shift=5.), dict(inner_steps=2), dict(inner_steps=2, inner_facts=1)], ids=str)
+@pytest.mark.parametrize("switch", [dict(lambda_look=0.), dict(lambda_ret=0.), dict(lambda_gen=0.), dict(push=0.), dict(remove=False), dict(alike=False, crowd=2), dict(crowd=1), dict(basin=0.99, margin=9.), dict(questions=("What do you see?",)), dict(lambda_shift=5.), dict(reset=.05), dict(scramble=2), dict(inner_steps=2), dict(inner_steps=2, inner_facts=1)], ids=str)
 def test_every_switch_changes_the_result(mllm, request_, switch, plain):
     done = crowd_forget(lr=1e-3, **switch).unlearn(mllm, request_)
     assert changed(plain, done.mllm) and not any("language_model" in n or "lm_head" in n for n in changed(weights_of(mllm), done.mllm))
@@ -270,6 +270,89 @@ def test_its_gradient_is_added_with_its_weight(mllm, request_):
     for n in found[0.]: assert torch.allclose(found[3.][n] - found[0.][n], 3*(found[1.][n] - found[0.][n]), rtol=1e-3, atol=1e-5)
     assert any(float((found[1.][n] - found[0.][n]).abs().max()) > 0 for n in found[0.])
 
+# The language model moves, too
+
+def test_deep_holds_what_is_said_of_others(mllm, request_, monkeypatch):
+    "Retained people in both modalities, the forgotten by name, strangers' pictures with the model's own replies; and only linear layers move, without the head."
+    found, real = [], cf.encode
+    monkeypatch.setattr(cf, "encode", lambda m, items, *a, **k: (found.append(items), real(m, items, *a, **k))[1])
+    method, work, forget, retain = begun(mllm, request_, deep=True, retain_batch=8)
+    loss, logged = method.loss(work, forget, retain)
+    assert float(logged["say"].detach()) == pytest.approx(0, abs=1e-5)
+    seen, named = found[-2:]
+    assert {(r["role"], r["modality"]) for r in seen} == {("retain", "vqa"), ("general", "vqa")} and {(r["role"], r["modality"]) for r in named} == {("retain", "qa"), ("forget", "qa")}
+    assert len(seen) == len(named) == 4 and all(r["answer"] == replies(mllm, [r])[0] for r in seen if r["role"] == "general")
+    with torch.no_grad():
+        for n in work.weights: work.weights[n].mul_(1.2)
+    method, told = replace(method, lambda_say=7.), found[:]
+    loss, logged = method.loss(work, forget, retain)
+    terms = dict(lambda_who="who", lambda_look="look", lambda_ret="retain_loss", lambda_gen="generic", lambda_say="say")
+    assert float(loss.detach()) == pytest.approx(sum(getattr(method, f)*float(logged[t].detach()) for f, t in terms.items()), rel=1e-5) and float(logged["say"].detach()) > 1e-4
+    by_hand = []
+    for items in found[len(told):]:
+        kl = []
+        with torch.no_grad():
+            batch = real(mllm, items)
+            then, now = (m.model(**{k: v for k, v in batch.items() if k != "labels"}).logits.float().log_softmax(2) for m in (mllm, work.mllm))
+            for i, t in (batch["labels"] != -100).nonzero().tolist(): kl.append(float((then[i, t - 1].exp()*(then[i, t - 1] - now[i, t - 1])).sum()))
+        by_hand.append(sum(kl)/len(kl))
+    assert len(by_hand) == 2 and float(logged["say"].detach()) == pytest.approx(sum(by_hand)/2, rel=1e-3)
+
+def test_deep_moves_linear_layers_but_the_head(mllm, request_):
+    plain, deep = (get("CrowdForget", "embedded", **SHORT, deep=d) for d in (False, True))
+    moved = changed(weights_of(mllm), deep.unlearn(mllm, request_).mllm)
+    assert {n.split(".weight")[0] for n in moved if "language_model" in n} == {n for n, m in mllm.model.named_modules() if "language_model" in n and isinstance(m, torch.nn.Linear)}
+    assert not [n for n in moved if "lm_head" in n] and {*deep.trained(mllm)} >= moved
+    assert deep.label == "CrowdForget, deep" and not plain.sees["retain qa"] and deep.sees["retain qa"] and deep.sees["forget qa"]
+
+# What is drawn anew before the first step
+
+def test_reset_draws_salient_weights_anew(mllm, request_):
+    method, work, *_ = begun(mllm, request_)
+    theirs, others = (cf.saliency(mllm, r, method.trained(mllm)) for r in (work.forget, work.retain.select(range(len(work.forget))) if len(work.retain) > len(work.forget) else work.retain))
+    work = crowd_forget(reset=.1)._begin(mllm, request_, None)
+    new, old = weights_of(work.mllm), weights_of(mllm)
+    assert {n for n in new if not torch.equal(new[n], old[n])} == {*work.prepared.layers}
+    for n in work.prepared.layers:
+        gone = new[n] != old[n]
+        assert int(gone.sum()) == int(.1*gone.numel()) and float(new[n].std()) == pytest.approx(float(old[n].std()), rel=.5)
+    if len(request_.retain) <= len(work.forget):
+        ratio = {n: theirs[n]/others[n].clamp(min=1e-20) for n in work.prepared.layers}
+        for n, r in ratio.items(): assert float(r[new[n] != old[n]].min()) >= float(r[new[n] == old[n]].max())*.999
+
+def test_scramble_changes_what_is_made_of_some_directions_only(mllm, request_):
+    work = crowd_forget(scramble=2)._begin(mllm, request_, None)
+    new, old = weights_of(work.mllm), weights_of(mllm)
+    assert changed(old, work.mllm) == {*work.prepared.layers}
+    for n, apart in work.prepared.apart.items():
+        directions = torch.linalg.svd(apart).Vh
+        assert apart.shape[1] == old[n].shape[1]
+        difference = new[n] - old[n]
+        assert float((difference@directions[2:].T).abs().max()) < 1e-4 < float((difference@directions[:2].T).abs().max())
+
+# One request after the other
+
+def test_what_earlier_requests_left_is_held(mllm, request_):
+    method = crowd_forget(lr=1e-3, lambda_earlier=5.)
+    first = method.unlearn(mllm, request_)
+    assert {n: c.shape for n, c in first.state.items()} == {n: (mllm.model.get_parameter(n).shape[1],)*2 for n in first.state} and crowd_forget().unlearn(mllm, request_).state is None
+    work = method._begin(first.mllm, request_, first.state)
+    forget, retain = (next(method.batches(work, r, n, s)) for r, n, s in ((work.forget, 4, 0), (work.retain, 3, 1)))
+    assert float(method.loss(work, forget, retain)[1]["earlier"].detach()) == 0
+    with torch.no_grad():
+        for n in work.weights: work.weights[n].mul_(1.1)
+    assert float(method.loss(work, forget, retain)[1]["earlier"].detach()) == pytest.approx(.01, rel=1e-3)
+    twice = method.unlearn(first.mllm, request_, state=first.state).state
+    assert all(not torch.equal(c, first.state[n]) for n, c in twice.items())
+    name = next(n for n in first.state)
+    inputs = []
+    hook = first.mllm.model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(lambda m, a: inputs.append(a[0].flatten(0, -2)))
+    pictures = Pictures.of(mllm, where(request_.forget, modality="vqa", kind="identity"))
+    with torch.no_grad(): cvf.visual_features(first.mllm, pictures.batch(mllm, range(len(pictures))))
+    hook.remove()
+    assert torch.allclose(first.state[name], inputs[0].T@inputs[0]/len(inputs[0]), rtol=1e-3, atol=1e-5)
+    with pytest.raises(InputError, match="^The state was left by a model with other layers"): method.unlearn(first.mllm, request_, state={n: c[:1, :1] for n, c in first.state.items()})
+
 # Errors
 
 @pytest.mark.parametrize("fields, message", [
@@ -279,7 +362,7 @@ def test_its_gradient_is_added_with_its_weight(mllm, request_):
     (dict(forget_on=("vqa", "qa")), "it must be vqa, since questions without a picture keep their answers"),
     (dict(retain_on=("qa",)), "it must be vqa, since only pictures are retained"),
     (dict(crowd=0), "it must be 1 or more"), (dict(basin=1.5), "it must be a share, 0 to 1"), (dict(margin=.5), "it must be 1 or more"),
-    (dict(cap=0), "a positive number"), (dict(inner_steps=-1), "0 or more"), (dict(lambda_shift=-1.), "0 or more")])
+    (dict(cap=0), "a positive number"), (dict(inner_steps=-1), "0 or more"), (dict(lambda_shift=-1.), "0 or more"), (dict(reset=1.), "a share, from 0 to below 1")])
 def test_bad_input_is_one_sentence(fields, message):
     with pytest.raises(InputError) as e: crowd_forget(**fields)
     assert message in str(e.value) and "\n" not in str(e.value)
@@ -288,3 +371,4 @@ def test_what_cannot_work_is_said_before_the_first_step(mllm, request_):
     with pytest.raises(InputError, match="looks at generic pictures, and the request has none"): crowd_forget().unlearn(mllm, replace(request_, generic=None))
     silent = replace(request_, generic=request_.generic.map(lambda r: dict(kind="world")))
     with pytest.raises(InputError, match="come without perception questions; name some in `questions`"): crowd_forget().unlearn(mllm, silent)
+    with pytest.raises(InputError, match="found by comparing with retained people, and lambda_ret is 0"): crowd_forget(reset=.1, lambda_ret=0.).unlearn(mllm, request_)

@@ -40,6 +40,7 @@ training.finetune = finetune
 world = Faceworld(**%r, seed=int(sys.argv[1]))
 training.use_threads()
 folder = training.built(world, "vanilla", progress=False)
+training.use_threads(1)
 evaluate(MLLM.load(folder), thin(world.split(25).score, 1)).to_parquet(sys.argv[2])
 with open(sys.argv[2] + ".batches", "x") as f: f.write(" ".join(done))
 """ % WORLD
@@ -88,17 +89,14 @@ def test_kill_in_the_middle_of_training_and_go_on(whole, tmp_path):
 
 
 def test_same_seed_same_scores_other_seed_not(whole, tmp_path):
-    finish(start(tmp_path/"again", tmp_path/"again.parquet"))
-    finish(start(tmp_path/"other", tmp_path/"other.parquet", seed=1))
+    "Whatever the number of threads."
+    runs = [start(tmp_path/"again", tmp_path/"again.parquet", threads=2), start(tmp_path/"other", tmp_path/"other.parquet", seed=1)]
+    for process in runs: finish(process)
     first, again, other = (pd.read_parquet(p) for p in (whole/"scores.parquet", tmp_path/"again.parquet", tmp_path/"other.parquet"))
     pd.testing.assert_frame_equal(first, again, check_exact=True)
     assert len(first) != len(other) or not (first.value.to_numpy() == other.value.to_numpy()).all()
-
-
-def test_a_model_does_not_depend_on_the_number_of_threads(whole, tmp_path):
-    finish(start(tmp_path/"two", tmp_path/"two.parquet", threads=2))
     for kind in ("vision", "base", "vanilla"):
-        two, one = weights(tmp_path/"two", kind), weights(whole/"study", kind)
+        two, one = weights(tmp_path/"again", kind), weights(whole/"study", kind)
         assert all(torch.equal(two[n], one[n]) for n in one)
 
 

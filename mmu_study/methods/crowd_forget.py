@@ -7,6 +7,7 @@ __all__ = ['spoken', 'without', 'who_loss', 'nearest', 'CrowdForget']
 
 # %% ../../nbs/methods/15_crowd_forget.ipynb #69ee21c3
 import itertools
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -19,10 +20,11 @@ from datasets import Dataset
 from ..batches import ask, encode, rows
 from ..evaluation import replies
 from .baselines import read
-from .null_space_cvf import LEVELS, Pictures, all_features, answers_at, feature_distance, pooled, questions_of, read_linears, seeing, visual_features
-from .unlearning import NOT_NEGATIVE, POSITIVE, Batch, GradientMethod, passes, register, shared, without_dropout
+from .mmunlearner import saliency
+from .null_space_cvf import LEVELS, Pictures, all_features, answers_at, feature_distance, pooled, questions_of, read_linears, second_moments, seeing, visual_features
+from .unlearning import NOT_NEGATIVE, POSITIVE, Batch, GradientMethod, _some, passes, register, shared, without_dropout
 from ..models import MLLM
-from ..records import table, where
+from ..records import MODALITIES, table, where
 from ..settings import InputError
 from ..training import Diverged
 
@@ -87,7 +89,7 @@ class _Prepared:
     asked: list[dict]  # perception questions about the pictures, with the model's own replies
     looks: list[np.ndarray]  # picture -> its perception questions
     seen: list[torch.Tensor]  # perception question -> what the model says, [n, V]
-    layers: dict[str, torch.nn.Linear]  # weights that move
+    layers: dict[str, torch.nn.Linear]  # weights that move in tower and projector
     held: Pictures  # retained pictures, then generic ones
     kept: dict[str, list[torch.Tensor]]  # level -> their features
     retained: int  # how many of them are retained ones
@@ -97,6 +99,9 @@ class _Prepared:
     attack: dict[str, torch.Tensor] = field(default_factory=dict)  # what the adversary has learned: name of a parameter -> its change
     learned: int = 0  # adversary's steps since it began anew
     known: dict[str, set[str]] = field(default_factory=dict)  # person -> facts that it learns
+    earlier: dict[str, torch.Tensor] = field(default_factory=dict)  # layer -> second moments of its inputs for the pictures of earlier requests, as they left them, [d, d]
+    apart: dict[str, torch.Tensor] = field(default_factory=dict)  # layer -> what the mean inputs for a person and for the crowd differ by, of every person and token, [n, d]
+    others: Iterator[list[dict]] | None = None  # records of whom what is said is held, those of a step, encoded by modality
 
 class _Inputs:
     "Inside the block, the inputs of some layers."
@@ -112,7 +117,7 @@ _RULES = dict(
     parts=_TOWER, forget_on=(lambda v: tuple(v) == ("vqa",), "vqa, since questions without a picture keep their answers"), retain_on=(lambda v: tuple(v) == ("vqa",), "vqa, since only pictures are retained"),
     lora=(lambda v: v == 0, "0, because full weights are moved"), basin=(lambda v: 0 <= v <= 1, "a share, 0 to 1"),
     **dict.fromkeys(("crowd", "pool", "asked", "inner_facts"), (lambda v: v >= 1, "1 or more")), **dict.fromkeys(("cap", "inner_lr"), POSITIVE), margin=(lambda v: v >= 1, "1 or more"),
-    **dict.fromkeys(("lambda_who", "push", "lambda_look", "lambda_ret", "lambda_gen", "lambda_shift", "lambda_inner", "inner_steps"), NOT_NEGATIVE))
+    **dict.fromkeys(("reset",), (lambda v: 0 <= v < 1, "a share, from 0 to below 1")), **dict.fromkeys(("lambda_who", "lambda_say", "scramble", "lambda_earlier", "push", "lambda_look", "lambda_ret", "lambda_gen", "lambda_shift", "lambda_inner", "inner_steps"), NOT_NEGATIVE))
 
 _EMBEDDED = dict(lr=6e-4,  # chosen on the quick world (figures/tuning_crowd_forget)
     steps=150, batch_size=12, retain_batch=12, crowd=12, asked=4, pool=512)  # less than the prototype's 200 steps of 16 and 40 strangers, for the seconds of a request; one run of each on validation questions of the quick world tells no difference
@@ -144,7 +149,12 @@ class CrowdForget(GradientMethod):
     inner_lr: float = 1e-3  # size of its steps, which are signs of gradients, as AdamW's first ones are; ours
     inner_facts: int = 2  # facts of every person that it learns, drawn anew each time; as `protocols.robustness`
     lambda_inner: float = 1.  # weight of the identity questions under attack, relative to those without; ours
+    deep: bool = False  # the language model's linear layers move, too: text is held as it was, and no longer to the bit
+    lambda_say: float = 3.  # weight of what is said of retained people, of strangers' pictures and, by name, of the forgotten, where the language model moves; ours
     lambda_shift: float = 0.  # weight of overwriting: at every layer the mean of a person's pictures goes to that of the crowd's; ours
+    lambda_earlier: float = 0.  # in a sequence of requests, weight of the change of what tower and projector make of the pictures of earlier ones; ours
+    reset: float = 0.  # before the first step, this share of every layer's weights is drawn anew: those that identity questions about the forgotten move most, relative to retained people (MMUnlearner's saliency)
+    scramble: int = 0  # before the first step, what every layer of tower and projector makes of so many directions is drawn anew: those in which the people to forget differ most from their crowds
 
     RULES = {**GradientMethod.RULES, **_RULES}
     PRESETS = {"checkpoint": dict(lr=1e-5, steps=None),  # the first of Open-MMUnlearning's grid; one pass over the identity questions. Untried on a real checkpoint
@@ -156,15 +166,23 @@ class CrowdForget(GradientMethod):
     generic = True
 
     @property
-    def label(self): return "CrowdForget" + ", tough"*(self.inner_steps > 0)
+    def label(self): return "CrowdForget" + ", deep"*self.deep + ", tough"*(self.inner_steps > 0)
 
     @property
-    def retains(self): return self.lambda_ret > 0
+    def retains(self): return self.lambda_ret > 0 or self.deep
+
+    @property
+    def sequential(self): return self.lambda_earlier > 0
+
+    @property
+    def sees(self): return super().sees | ({f"{who} qa": True for who in ("forget", "retain")} if self.deep else {})
+
+    def retain_records(self, request): return _some(request.retain, "CrowdForget, deep retains", modality=MODALITIES) if self.deep else super().retain_records(request)
 
     def trained(self, mllm):
         "Linear layers only, and of those only what is read, which is not looked at here."
-        linear = {f"{n}.weight" for n, m in mllm.model.named_modules() if isinstance(m, torch.nn.Linear)}
-        return [n for n, _ in mllm.parameters(*self.parts) if n in linear]
+        linear = {f"{n}.weight" for n, m in mllm.model.named_modules() if isinstance(m, torch.nn.Linear) and m is not mllm.model.get_output_embeddings()}  # a silent head is no unlearning
+        return [n for n, _ in mllm.parameters(*self.parts, *["language"]*self.deep) if n in linear]
 
     def holds(self, mllm):
         "Of the adversary: what it learned, the weights to come back to, and gradients of all. Features of pictures and answers, whose number is not known here, are not counted."
@@ -180,21 +198,24 @@ class CrowdForget(GradientMethod):
         made_from = dict(model=mllm, forget=work.forget, strangers=strangers, **{f: getattr(self, f) for f in ("crowd", "alike", "basin", "seed")})
         known, crowds = shared(self.products, "crowd", made_from, lambda: self._crowd(work, items, pictures, around, features, there), mllm.device)
         made_from = dict(model=mllm, forget=work.forget, generic=work.generic, **{f: getattr(self, f) for f in ("questions", "asked", "seed")})
-        seen, asked = shared(self.products, "looks", made_from, lambda: self._look(work, items, pictures), mllm.device) if self.lambda_look else ({}, [])
+        shown_of = [items[group[0]] for group in pictures.records]
+        seen, asked = shared(self.products, "looks", made_from, lambda: self._look(work, shown_of, self.asked), mllm.device) if self.lambda_look else ({}, [])
         question = {key: i for i, key in enumerate(dict.fromkeys(map(_key, items)))}
         tokens, mine, crowd = ([known[f"{what}/{i}"].cpu() for i in range(len(question))] for what in ("tokens", "mine", "crowd"))
         own = [m >= self.margin*c.float().gather(1, t[:, None])[:, 0] for m, c, t in zip(mine, crowd, tokens)]
         said = [torch.where(o[:, None], without(c, t), c) if self.remove else c for c, t, o in zip(crowd, tokens, own)]
         said, tokens, own = ([values[question[_key(r)]] for r in items] for values in (said, tokens, own))
         layers = read_linears(mllm, pictures.batch(mllm, [0]), self.parts)
-        retained = Pictures.of(mllm, work.retain) if self.retains else Pictures([], [], [])
-        before = all_features(mllm, retained) if self.retains else dict.fromkeys(LEVELS, [])
+        retained = Pictures.of(mllm, where(work.retain, modality="vqa")) if self.lambda_ret else Pictures([], [], [])
+        before = all_features(mllm, retained) if self.lambda_ret else dict.fromkeys(LEVELS, [])
         held = Pictures(retained.pixels + around.pixels*bool(self.lambda_gen), [], [])
-        ask_of = [items[pictures.records[a["picture"]][0]] | a for a in asked]
+        ask_of = [shown_of[a["picture"]] | a for a in asked]
         groups = pd.Series(range(len(asked))).groupby([a["picture"] for a in asked]).indices
+        earlier = work.state or {}
+        if earlier and {n: c.shape[0] for n, c in earlier.items()} != {n: m.in_features for n, m in layers.items()}: raise InputError("The state was left by a model with other layers, or by a run with other parts; all requests of a sequence need the same.")
         moved_to, scale = self._shifted(mllm, layers, pictures, around, crowds) if self.lambda_shift else ({}, {})
         return _Prepared(pictures, shown, [(r["entity"], r["fact"]) for r in items], said, tokens, own, ask_of, [groups[i] for i in range(len(pictures))] if asked else [], [seen[str(i)].cpu() for i in range(len(asked))], layers, held,
-            {l: before[l] + there[l]*bool(self.lambda_gen) for l in LEVELS}, len(retained), moved_to, scale, crowds)
+            {l: before[l] + there[l]*bool(self.lambda_gen) for l in LEVELS}, len(retained), moved_to, scale, crowds, earlier={n: c.to(mllm.device) for n, c in earlier.items()}, apart=self._apart(mllm, layers, pictures, around, crowds) if self.scramble else {}, others=self._others(work, strangers) if self.deep else None)
 
     def _strangers(self, work) -> Dataset:
         "One record of each of at most `pool` generic pictures."
@@ -229,38 +250,83 @@ class CrowdForget(GradientMethod):
             crowds.append(dict(entity=entity, members=[s for s, _ in members], strangers=[around.entity[s] for s, _ in members], cosine=float(cosine[p][[place[s] for s, _ in members]].mean()), rejected=rejected, matches=float(np.mean([m for _, m in members]))))
         return found, crowds
 
-    def _look(self, work, items, pictures) -> tuple[dict[str, torch.Tensor], list[dict]]:
-        "Perception questions about every picture, what the model replies, and how surely."
+    def _look(self, work, shown_of: list[dict], each: int) -> tuple[dict[str, torch.Tensor], list[dict]]:
+        "Perception questions about the picture of each of these records, what the model replies, and how surely."
         mllm, rng, columns = work.mllm, np.random.default_rng([self.seed, 4]), ["task", "question", "options"]
         if self.questions: pool = [[dict(task="generation", question=q, options=[])] for q in self.questions]
         else:
             about = table(where(work.generic, kind="perception")).drop_duplicates(["fact", "task", "question"])
             pool = [[dict(r, options=list(r["options"])) for r in of[columns].to_dict("records")] for _, of in about.groupby("fact")]
         if not pool: raise InputError("The generic pictures of the request come without perception questions; name some in `questions`.")
-        draw = lambda: itertools.islice(itertools.cycle(rng.permutation(len(pool))), self.asked)  # every fact once before one comes again
-        asked = [dict(pool[f][rng.integers(len(pool[f]))], picture=i, answer="") for i in range(len(pictures)) for f in draw()]
-        shown = [items[pictures.records[a["picture"]][0]] for a in asked]
+        draw = lambda: itertools.islice(itertools.cycle(rng.permutation(len(pool))), each)  # every fact once before one comes again
+        asked = [dict(pool[f][rng.integers(len(pool[f]))], picture=i, answer="") for i in range(len(shown_of)) for f in draw()]
+        shown = [shown_of[a["picture"]] for a in asked]
         for i in range(0, len(asked), 64):
             for a, reply in zip(asked[i:i + 64], replies(mllm, [s | a for s, a in zip(shown[i:i + 64], asked[i:i + 64])])): a["answer"] = reply
         seen, _ = spoken(mllm, [s | a for s, a in zip(shown, asked)])
         return {str(i): s for i, s in enumerate(seen)}, asked
 
-    def _shifted(self, mllm, layers, pictures, around, crowds) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-        "Inputs of every layer for every picture, moved by the difference of the crowd's mean and the person's, token by token."
+    def _others(self, work, strangers) -> Iterator[list[dict]]:
+        "Of whom what is said is held: retained people and strangers in pictures, retained and forgotten people by name; of each the same number, in batches of one modality."
+        made_from = dict(model=work.mllm, strangers=strangers, **{f: getattr(self, f) for f in ("questions", "seed")})
+        faces = rows(strangers, range(len(strangers)))
+        _, asked = shared(self.products, "strangers", made_from, lambda: self._look(work, faces, 1), work.mllm.device)
+        pools = [p for p in (*(where(work.retain, modality=m) for m in MODALITIES), where(work.request.forget, modality="qa"), asked) if len(p)]  # a benchmark may lack one
+        drawn_from = lambda p, index: [faces[p[i]["picture"]] | p[i] for i in index] if p is asked else rows(p, index)
+        orders = [passes(len(p), max(1, (self.retain_batch or self.batch_size)//len(pools)), [self.seed, 7, i]) for i, p in enumerate(pools)]
+        while True:
+            drawn = [r for p, o in zip(pools, orders) for r in drawn_from(p, next(o))]
+            yield [encode(work.mllm, some) for m in MODALITIES if (some := [r for r in drawn if r["modality"] == m])]
+
+    def _inputs(self, mllm, layers, pictures, around, crowds) -> Iterator[tuple[list[int], dict, dict]]:
+        "Of every person which pictures show it, and the inputs of every layer for these and for the crowd, [pictures, tokens, d]."
         def inputs(some, index):
             with torch.no_grad(), _Inputs(layers) as read: visual_features(mllm, some.batch(mllm, index))
             return {n: x.reshape(len(index), -1, x.shape[-1]).clone() for n, x in read.items()}
-        goal, scale, parts = {}, {}, {n: [None]*len(pictures) for n in layers}
         for c in crowds:
             theirs = [i for i, e in enumerate(pictures.entity) if e == c["entity"]]
-            x, y = inputs(pictures, theirs), inputs(around, c["members"])
+            yield theirs, inputs(pictures, theirs), inputs(around, c["members"])
+
+    def _apart(self, *of) -> dict[str, torch.Tensor]:
+        found = [{n: x[n].mean(0) - y[n].mean(0) for n in x} for _, x, y in self._inputs(*of)]
+        return {n: torch.cat([f[n] for f in found]) for n in found[0]}
+
+    def _shifted(self, mllm, layers, pictures, around, crowds) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        "Inputs of every layer for every picture, moved by the difference of the crowd's mean and the person's, token by token."
+        goal, scale, parts = {}, {}, {n: [None]*len(pictures) for n in layers}
+        for theirs, x, y in self._inputs(mllm, layers, pictures, around, crowds):
             for n in layers:
                 for i, v in zip(theirs, x[n] - x[n].mean(0) + y[n].mean(0)): parts[n][i] = v
         for n in layers: goal[n] = torch.stack(parts[n]); scale[n] = float(goal[n].float().square().sum(2).mean())
         return goal, scale
 
     def train(self, work):
-        for n, w in work.mllm.model.named_parameters(): w.requires_grad_(n in work.prepared.layers)
+        moves = {*work.prepared.layers} | ({*self.trained(work.mllm)} & {n for n, _ in work.mllm.parameters("language")})
+        if self.reset: self._reset(work, moves)
+        if self.scramble: self._scramble(work)
+        for n, w in work.mllm.model.named_parameters(): w.requires_grad_(n in moves)
+
+    def _reset(self, work, names):
+        rng = np.random.default_rng([self.seed, 8])
+        some = rng.permutation(len(work.retain))[:len(work.forget)] if work.retain else []
+        if not len(some): raise InputError("What is drawn anew is found by comparing with retained people, and lambda_ret is 0; choose one of them.")
+        theirs, others = (saliency(work.mllm, of, names, seed=self.seed) for of in (work.forget, work.retain.select(some)))
+        named = dict(work.mllm.model.named_parameters())
+        with torch.no_grad():
+            for n, s in theirs.items():
+                ratio, w = s/(others[n] if n in others else 0*s).clamp(min=1e-20), named[n]
+                if k := int(self.reset*w.numel()):
+                    chosen = ratio.flatten().topk(k).indices
+                    w.view(-1)[chosen] = (w.mean() + w.std()*torch.randn(k, device=w.device)).to(w)
+
+    def _scramble(self, work):
+        named = dict(work.mllm.model.named_parameters())
+        with torch.no_grad():
+            for n, apart in work.prepared.apart.items():
+                across = torch.linalg.svd(apart.float(), full_matrices=False).Vh[:self.scramble]  # [k, d]
+                made = named[n].float()@across.T  # [out, k]
+                made = torch.randn_like(made)*made.norm(dim=0)/len(made)**.5 - made
+                named[n].add_((made@across).to(named[n]))
 
     def batches(self, work, records, size, stream):
         "Identity questions, and as many perception questions about the same pictures (index: B records, then B questions); and pictures that stay, retained and generic."
@@ -286,6 +352,18 @@ class CrowdForget(GradientMethod):
             now, then = out.log_p[b:][out.is_answer[b:]], torch.cat([p.seen[i] for i in looks[0]]).to(out.log_p)
             logged["look"] = F.kl_div(now, then, reduction="none").sum(1).mean()
             loss = loss + self.lambda_look*logged["look"]
+        if self.deep:
+            logged["say"] = 0.
+            for batch in (some := next(p.others)):
+                with torch.no_grad(): then = read(work.start, batch)
+                now = read(work.mllm, batch)
+                logged["say"] = logged["say"] + F.kl_div(now.log_p[now.is_answer], then.log_p[then.is_answer], log_target=True, reduction="none").sum(1).mean()/len(some)
+            loss = loss + self.lambda_say*logged["say"]
+        if p.earlier:
+            moved, before = 0., dict(work.start.model.named_parameters())
+            for n, C in p.earlier.items(): moved = moved + _through(p.layers[n].weight.float() - before[n].float(), C)/_through(before[n].float(), C)
+            logged["earlier"] = moved/len(p.earlier)
+            loss = loss + self.lambda_earlier*logged["earlier"]
         if self.lambda_shift:
             at, apart = np.tile(p.shown[index], 1 + bool(self.lambda_look)), 0.
             for n, x in inputs.items(): apart = apart + (x.reshape(len(at), -1, x.shape[-1]).float() - p.moved_to[n][at]).square().sum(2).mean()/p.scale[n]
@@ -339,5 +417,13 @@ class CrowdForget(GradientMethod):
         p = work.prepared
         return dict(crowds=p.crowds, questions=dict(identity=len({id(s) for s in p.said}), perception=len(p.asked)), own_tokens=float(torch.cat(p.own).float().mean()),
             pictures=dict(forget=len(p.pictures), retain=p.retained, generic=len(p.held) - p.retained))
+
+    def remember(self, work):
+        if not self.sequential: return None
+        C, first = second_moments(work.mllm, work.prepared.layers, work.prepared.pictures)
+        now = {n: C[first[n]].float().cpu() for n in work.prepared.layers}
+        return {n: c + work.state[n] if work.state else c for n, c in now.items()}
+
+def _through(W: torch.Tensor, C: torch.Tensor) -> torch.Tensor: return ((W@C)*W).sum()  # mean square of what W makes of inputs with second moments C
 
 def _key(record: dict) -> tuple: return record["entity"], ask(record), record["answer"]
