@@ -336,6 +336,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'mmu_study/methods/crowd_forget.py'),
                                                 'mmu_study.methods.crowd_forget.CrowdForget._crowd': ( 'methods/crowd_forget.html#crowdforget._crowd',
                                                                                                        'mmu_study/methods/crowd_forget.py'),
+                                                'mmu_study.methods.crowd_forget.CrowdForget._edited': ( 'methods/crowd_forget.html#crowdforget._edited',
+                                                                                                        'mmu_study/methods/crowd_forget.py'),
                                                 'mmu_study.methods.crowd_forget.CrowdForget._inputs': ( 'methods/crowd_forget.html#crowdforget._inputs',
                                                                                                         'mmu_study/methods/crowd_forget.py'),
                                                 'mmu_study.methods.crowd_forget.CrowdForget._look': ( 'methods/crowd_forget.html#crowdforget._look',

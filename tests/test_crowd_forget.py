@@ -162,7 +162,7 @@ def test_the_sum_and_its_switches(mllm, request_):
         assert float(logged[name].detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
     assert max(retain.index[:n]) < work.prepared.retained <= min(retain.index[n:])
 
-@pytest.mark.parametrize("switch", [dict(lambda_look=0.), dict(lambda_ret=0.), dict(lambda_gen=0.), dict(push=0.), dict(remove=False), dict(alike=False, crowd=2), dict(crowd=1), dict(basin=0.99, margin=9.), dict(questions=("What do you see?",)), dict(lambda_shift=5.), dict(reset=.05), dict(scramble=2), dict(inner_steps=2), dict(inner_steps=2, inner_facts=1)], ids=str)
+@pytest.mark.parametrize("switch", [dict(lambda_look=0.), dict(lambda_ret=0.), dict(lambda_gen=0.), dict(push=0.), dict(remove=False), dict(alike=False, crowd=2), dict(crowd=1), dict(basin=0.99, margin=9.), dict(questions=("What do you see?",)), dict(lambda_shift=5.), dict(reset=.05), dict(scramble=2), dict(edit=.1), dict(inner_steps=2), dict(inner_steps=2, inner_facts=1)], ids=str)
 def test_every_switch_changes_the_result(mllm, request_, switch, plain):
     done = crowd_forget(lr=1e-3, **switch).unlearn(mllm, request_)
     assert changed(plain, done.mllm) and not any("language_model" in n or "lm_head" in n for n in changed(weights_of(mllm), done.mllm))
@@ -330,6 +330,45 @@ def test_scramble_changes_what_is_made_of_some_directions_only(mllm, request_):
         difference = new[n] - old[n]
         assert float((difference@directions[2:].T).abs().max()) < 1e-4 < float((difference@directions[:2].T).abs().max())
 
+# Solved for, not trained
+
+def test_an_edit_is_the_least_squares_change(mllm, request_):
+    "Residuals at a person's pictures and changes at held ones are balanced: the gradient of their weighted sum is 0, up to the ridge."
+    weight = .3
+    done = crowd_forget(steps=0, edit=weight, basin=1.).unlearn(mllm, request_)
+    name, = changed(weights_of(mllm), done.mllm)
+    assert name == [n for n, _ in mllm.parameters("projector") if n.endswith(".weight")][-1]
+    p, layer = crowd_forget(basin=1.)._begin(mllm, request_, None).prepared, mllm.model.get_submodule(name.removesuffix(".weight"))
+    around = Pictures.of(mllm, crowd_forget()._strangers(crowd_forget()._begin(mllm, request_, None)))
+    def inputs(some, index):
+        seen = []
+        hook = layer.register_forward_pre_hook(lambda m, a: seen.append(a[0].reshape(len(index), -1, a[0].shape[-1])))
+        with torch.no_grad(): cvf.visual_features(mllm, some.batch(mllm, index))
+        hook.remove()
+        return seen[0].double()
+    more, before = (done.mllm.model.get_parameter(name) - layer.weight).detach().double(), layer.weight.detach().double()
+    gradient, cost, n = torch.zeros_like(more), {0: 0., 1: 0.}, 0
+    for c in p.crowds:
+        theirs = [i for i, e in enumerate(p.pictures.entity) if e == c["entity"]]
+        x, goal = inputs(p.pictures, theirs), None
+        goal = (inputs(around, c["members"]).mean(0) - x.mean(0))@before.T
+        for picture in x:
+            for token, to in zip(picture, goal):
+                gradient += torch.outer(more@token - to, token); n += 1
+                for k in cost: cost[k] += float((k*more@token - to).square().sum())
+    gradient /= n
+    held = inputs(p.held, range(len(p.held))).flatten(0, 1)
+    assert float((gradient + weight*more@held.T@held/len(held)).norm()) < .02*float(gradient.norm())
+    assert cost[1] < cost[0]
+
+def test_the_weight_of_an_edit_says_how_much_stays(mllm, request_):
+    moved = [float((crowd_forget(steps=0, edit=w).unlearn(mllm, request_).mllm.model.get_parameter(n) - mllm.model.get_parameter(n)).detach().norm()) for w in (.01, 1., 100.) for n, _ in [*mllm.parameters("projector")][-2:] if n.endswith(".weight")]
+    assert moved[0] > moved[1] > moved[2] > 0
+
+def test_the_fast_preset_takes_no_step(mllm, request_):
+    done = get("CrowdForget", "embedded-fast", crowd=3, pool=10).unlearn(mllm, request_)
+    assert done.log.empty and len(changed(weights_of(mllm), done.mllm)) == 1
+
 # One request after the other
 
 def test_what_earlier_requests_left_is_held(mllm, request_):
@@ -372,3 +411,5 @@ def test_what_cannot_work_is_said_before_the_first_step(mllm, request_):
     silent = replace(request_, generic=request_.generic.map(lambda r: dict(kind="world")))
     with pytest.raises(InputError, match="come without perception questions; name some in `questions`"): crowd_forget().unlearn(mllm, silent)
     with pytest.raises(InputError, match="found by comparing with retained people, and lambda_ret is 0"): crowd_forget(reset=.1, lambda_ret=0.).unlearn(mllm, request_)
+    with pytest.raises(InputError, match="^An edit solves for the projector's last layer, and parts are vision; projector must be among them.$"): crowd_forget(edit=.1, parts=("vision",)).unlearn(mllm, request_)
+    with pytest.raises(InputError, match="^An edit leaves pictures that are held where they are, and there are none"): crowd_forget(edit=.1, lambda_ret=0., lambda_gen=0.).unlearn(mllm, request_)
