@@ -365,9 +365,9 @@ def test_the_weight_of_an_edit_says_how_much_stays(mllm, request_):
     moved = [float((crowd_forget(steps=0, edit=w).unlearn(mllm, request_).mllm.model.get_parameter(n) - mllm.model.get_parameter(n)).detach().norm()) for w in (.01, 1., 100.) for n, _ in [*mllm.parameters("projector")][-2:] if n.endswith(".weight")]
     assert moved[0] > moved[1] > moved[2] > 0
 
-def test_the_fast_preset_takes_no_step(mllm, request_):
-    done = get("CrowdForget", "embedded-fast", crowd=3, pool=10).unlearn(mllm, request_)
-    assert done.log.empty and len(changed(weights_of(mllm), done.mllm)) == 1
+def test_an_edit_alone_takes_no_step(mllm, request_):
+    done = get("CrowdForget", "embedded-fast", crowd=3, pool=10, steps=0).unlearn(mllm, request_)
+    assert done.log.empty and len(changed(weights_of(mllm), done.mllm)) == 1 and get("CrowdForget", "embedded-fast").label == "CrowdForget, fast"
 
 # One request after the other
 

@@ -123,7 +123,8 @@ _RULES = dict(
 _EMBEDDED = dict(lr=6e-4,  # chosen on the quick world (figures/tuning_crowd_forget)
     steps=150, batch_size=12, retain_batch=12, crowd=12, asked=4, pool=512)  # less than the prototype's 200 steps of 16 and 40 strangers, for the seconds of a request; one run of each on validation questions of the quick world tells no difference
 
-_TOUGH = dict(inner_steps=10, inner_lr=5e-4, lambda_look=12., lambda_ret=20., lambda_gen=20.)  # an adversary, and what stays held twice as hard
+_FIRM = dict(lambda_look=12., lambda_ret=20., lambda_gen=20.)  # what stays is held twice as hard
+_TOUGH = dict(_FIRM, inner_steps=10, inner_lr=5e-4)  # that, and an adversary
 
 @register
 @dataclass(frozen=True)
@@ -164,16 +165,15 @@ class CrowdForget(GradientMethod):
     PRESETS = {"checkpoint": dict(lr=1e-5, steps=None),  # the first of Open-MMUnlearning's grid; one pass over the identity questions. Untried on a real checkpoint
         "embedded": _EMBEDDED,
         "embedded-deep": dict(_EMBEDDED, **_TOUGH, deep=True, lambda_say=20., lambda_inner=.3),  # chosen among few on validation questions of the quick world 3, see the end of the page
-        "embedded-fast": dict(_EMBEDDED, steps=0, edit=.01, lambda_look=0.),  # solved for, not trained; likewise
+        "embedded-fast": dict(_EMBEDDED, **_FIRM, edit=.01, steps=60),  # solved for, then corrected; likewise
         "embedded-tough": dict(_EMBEDDED, **_TOUGH, lr=2e-3)}  # against an adversary, and what stays held twice as hard; measured with a larger crowd, see the end of the page; the prototype's rate, not tuned
     GRIDS = {"checkpoint": [dict(lr=v) for v in (1e-5, 2e-5, 3e-5)],  # Open-MMUnlearning's grid, shared by its methods
-        "embedded-fast": [dict(edit=v) for v in (1., .2, .05, .02, .01, .003)],
-        **dict.fromkeys(("embedded", "embedded-deep", "embedded-tough"), [dict(lr=v) for v in (1e-4, 3e-4, 6e-4, 1e-3, 2e-3, 4e-3)])}  # around the prototype's rate
+        **dict.fromkeys(("embedded", "embedded-deep", "embedded-fast", "embedded-tough"), [dict(lr=v) for v in (1e-4, 3e-4, 6e-4, 1e-3, 2e-3, 4e-3)])}  # around the prototype's rate
     reference = True  # its answers
     generic = True
 
     @property
-    def label(self): return "CrowdForget" + (", deep" if self.deep else ", tough" if self.inner_steps else "")
+    def label(self): return "CrowdForget" + (", deep" if self.deep else ", tough" if self.inner_steps else ", fast" if self.edit else "")
 
     @property
     def retains(self): return self.lambda_ret > 0 or self.deep
