@@ -21,7 +21,7 @@ from ..batches import ask, encode, rows
 from ..evaluation import replies
 from .baselines import read
 from .mmunlearner import saliency
-from .null_space_cvf import LEVELS, Pictures, all_features, answers_at, feature_distance, pooled, questions_of, read_linears, second_moments, seeing, visual_features
+from .null_space_cvf import LEVELS, Forgotten, Pictures, all_features, answers_at, feature_distance, pooled, questions_of, read_linears, second_moments, seeing, visual_features
 from .unlearning import NOT_NEGATIVE, POSITIVE, Batch, GradientMethod, _some, passes, register, shared, without_dropout
 from ..models import MLLM
 from ..records import MODALITIES, table, where
@@ -218,7 +218,7 @@ class CrowdForget(GradientMethod):
         held = Pictures(retained.pixels + around.pixels*bool(self.lambda_gen), [], [])
         ask_of = [shown_of[a["picture"]] | a for a in asked]
         groups = pd.Series(range(len(asked))).groupby([a["picture"] for a in asked]).indices
-        earlier = work.state or {}
+        earlier = work.state.grams if work.state else {}
         if earlier and {n: c.shape[0] for n, c in earlier.items()} != {n: m.in_features for n, m in layers.items()}: raise InputError("The state was left by a model with other layers, or by a run with other parts; all requests of a sequence need the same.")
         moved_to, scale = self._shifted(mllm, layers, pictures, around, crowds) if self.lambda_shift else ({}, {})
         return _Prepared(pictures, shown, [(r["entity"], r["fact"]) for r in items], said, tokens, own, ask_of, [groups[i] for i in range(len(pictures))] if asked else [], [seen[str(i)].cpu() for i in range(len(asked))], layers, held,
@@ -274,16 +274,19 @@ class CrowdForget(GradientMethod):
         return {str(i): s for i, s in enumerate(seen)}, asked
 
     def _others(self, work, strangers) -> Iterator[list[dict]]:
-        "Of whom what is said is held: retained people and strangers in pictures, retained and forgotten people by name; of each the same number, in batches of one modality."
-        made_from = dict(model=work.mllm, strangers=strangers, **{f: getattr(self, f) for f in ("questions", "seed")})
+        "Of whom what is said is held: who retained people are, strangers' looks, and by name retained and forgotten people; of each the same number, in batches of one modality."
+        made_from = dict(model=work.mllm, strangers=strangers, generic=work.generic, **{f: getattr(self, f) for f in ("questions", "seed")})
         faces = rows(strangers, range(len(strangers)))
         _, asked = shared(self.products, "strangers", made_from, lambda: self._look(work, faces, 1), work.mllm.device)
-        pools = [p for p in (*(where(work.retain, modality=m) for m in MODALITIES), where(work.request.forget, modality="qa"), asked) if len(p)]  # a benchmark may lack one
+        identity = where(work.retain, kind="identity")  # what retained people look like is not asked, so that looks can be held out
+        pools = [p for p in (*(where(identity, modality=m) for m in MODALITIES), where(work.request.forget, modality="qa"), asked) if len(p)]  # a benchmark may lack one
         drawn_from = lambda p, index: [faces[p[i]["picture"]] | p[i] for i in index] if p is asked else rows(p, index)
         orders = [passes(len(p), max(1, (self.retain_batch or self.batch_size)//len(pools)), [self.seed, 7, i]) for i, p in enumerate(pools)]
-        while True:
-            drawn = [r for p, o in zip(pools, orders) for r in drawn_from(p, next(o))]
-            yield [encode(work.mllm, some) for m in MODALITIES if (some := [r for r in drawn if r["modality"] == m])]
+        def batches():
+            while True:
+                drawn = [r for p, o in zip(pools, orders) for r in drawn_from(p, next(o))]
+                yield [encode(work.mllm, some) for m in MODALITIES if (some := [r for r in drawn if r["modality"] == m])]
+        return batches()
 
     def _inputs(self, mllm, layers, pictures, around, crowds) -> Iterator[tuple[list[int], dict, dict]]:
         "Of every person which pictures show it, and the inputs of every layer for these and for the crowd, [pictures, tokens, d]."
@@ -332,7 +335,7 @@ class CrowdForget(GradientMethod):
     def _reset(self, work, names):
         rng = np.random.default_rng([self.seed, 8])
         some = rng.permutation(len(work.retain))[:len(work.forget)] if work.retain else []
-        if not len(some): raise InputError("What is drawn anew is found by comparing with retained people, and lambda_ret is 0; choose one of them.")
+        if not len(some): raise InputError("What is drawn anew is found by comparing with retained people, and lambda_ret is 0; set it above 0, or reset to 0.")
         theirs, others = (saliency(work.mllm, of, names, seed=self.seed) for of in (work.forget, work.retain.select(some)))
         named = dict(work.mllm.model.named_parameters())
         with torch.no_grad():
@@ -444,8 +447,9 @@ class CrowdForget(GradientMethod):
     def remember(self, work):
         if not self.sequential: return None
         C, first = second_moments(work.mllm, work.prepared.layers, work.prepared.pictures)
-        now = {n: C[first[n]].float().cpu() for n in work.prepared.layers}
-        return {n: c + work.state[n] if work.state else c for n, c in now.items()}
+        grams = {n: C[first[n]].float().cpu() for n in work.prepared.layers}
+        if not work.state: return Forgotten(grams, 1)
+        return Forgotten({n: c + work.state.grams[n] for n, c in grams.items()}, work.state.requests + 1)
 
 def _through(W: torch.Tensor, C: torch.Tensor) -> torch.Tensor: return ((W@C)*W).sum()  # mean square of what W makes of inputs with second moments C
 
