@@ -50,6 +50,8 @@ def test_unlearning_on_a_benchmark(scores_of, given):
     about = dict(given("mllmu"), method="GradDiff", points=1, retain_people=1)
     every, _ = scores_of("38_unlearn", **about)
     some, _ = scores_of("38_unlearn", **about, tasks=["generation"])
+    none, _ = scores_of("38_unlearn", **about | dict(overrides=STEPS | dict(steps=0)), tasks=["generation"])  # an arm without steps
+    assert {*none.step} == {0} and {*none.uid} == {*some.uid}
     asked = lambda scores: {*scores[scores.kind == "identity"].task}
     assert {"forget", "retain"} <= {*every.role} and "holdout" not in {*every.role} and asked(some) == {"generation"} < asked(every)
     with pytest.raises(InputError, match="^tasks holds essays; there are classification, generation, cloze.$"): scores_of("38_unlearn", **about, tasks=["essays"])
@@ -60,6 +62,9 @@ def test_pulse_on_a_benchmark(scores_of, given):
     last = scores[scores.request == scores.setting.map(dict(A=1, LSE=2))]
     assert {*last.task} == {"classification"} and {*last.entity[last.asked > 0]} == {*space["split"].forget_entities} and {*scores.role} == {"test", "retain", "real"}
     assert {*scores.request[scores.setting == "LSE"]} == {1, 2} and scores.value.between(0, 1)[scores.metric != "truth_ratio"].all()
+    told, _ = scores_of("38_pulse", **mine | dict(settings=["A"], task="generation", method="vanilla"))
+    assert {*told.task} == {"generation"} and {*told.entity[told.asked > 0]} == {*last.entity[last.asked > 0]}
+    with pytest.raises(InputError, match="^task is 'essays', in which nobody who is to be forgotten is asked about; there are classification, cloze, generation.$"): scores_of("38_pulse", **mine | dict(task="essays"))
     theirs, _ = scores_of("38_pulse", **mine | dict(method="oracle", oracle=mine["model"]))
     assert {*zip(theirs.setting, theirs.request)} == {("A", 1), ("LSE", 2)} and {*theirs.uid} == {*last.uid}
     for more, said in ((dict(method="oracle"), "there is none; give oracle"), (dict(settings=["PU"]), "PU needs base, .* give settings without PU"), (dict(settings=["PU"], base=mine["model"]), "The base model knows 0 of .* people"),
