@@ -352,7 +352,7 @@ def test_an_edit_is_the_least_squares_change(mllm, request_):
     gradient, cost, n = torch.zeros_like(more), {0: 0., 1: 0.}, 0
     for c in p.crowds:
         theirs = [i for i, e in enumerate(p.pictures.entity) if e == c["entity"]]
-        x, goal = inputs(p.pictures, theirs), None
+        x = inputs(p.pictures, theirs)
         goal = (inputs(around, c["members"]).mean(0) - x.mean(0))@before.T
         for picture in x:
             for token, to in zip(picture, goal):
