@@ -301,6 +301,13 @@ def test_deep_holds_what_is_said_of_others(mllm, request_, monkeypatch):
         by_hand.append(sum(kl)/len(kl))
     assert len(by_hand) == 2 and float(logged["say"].detach()) == pytest.approx(sum(by_hand)/2, rel=1e-3)
 
+def test_deep_does_not_ask_what_retained_people_look_like(mllm, request_, monkeypatch):
+    assert "perception" in {*request_.retain["kind"]}
+    drawn, others = [], begun(mllm, request_, deep=True, retain_batch=8)[1].prepared.others
+    monkeypatch.setattr(cf, "encode", lambda m, items: drawn.extend(items))
+    for _ in range(30): next(others)
+    assert {r["kind"] for r in drawn if r["role"] == "retain"} == {"identity"} and "perception" in {r["kind"] for r in drawn if r["role"] == "general"}
+
 def test_deep_moves_linear_layers_but_the_head(mllm, request_):
     plain, deep = (get("CrowdForget", "embedded", **SHORT, deep=d) for d in (False, True))
     moved = changed(weights_of(mllm), deep.unlearn(mllm, request_).mllm)
