@@ -48,7 +48,7 @@ METHODS = {
     "MMUnlearner": Style("#029E73", "P", "-", 1.2), "MANU": Style("#332288", (6, 1, 0), "-", 1.5),
     "CVF (reconstruction)": Style("#44AA99", (4, 1, 0), "-", 1.7), "CVF+NCU (reconstruction)": Style("#0B5D2E", (4, 1, 45), "-", 1.6),
     "−CE, visual": Style("#AA7744", (5, 0, 0), "-", 1.4), "GradDiff, visual": Style("#B0884A", (5, 1, 0), "-", 1.6),
-    "CrowdForget": Style("#AA0000", (8, 1, 0), "-", 1.5), "CrowdForget, tough": Style("#EE6677", (8, 1, 22), "-", 1.5), "CrowdForget, deep": Style("#6A1B9A", (7, 1, 0), "-", 1.5), "CrowdForget, fast": Style("#CC7700", (9, 1, 0), "-", 1.5)}
+    "CrowdForget": Style("#AA0000", (8, 1, 0), "-", 1.5), "CrowdForget, tough": Style("#EE6677", (8, 1, 22), "-", 1.5), "CrowdForget, firm": Style("#D81B60", (8, 1, 11), "-", 1.5), "CrowdForget, deep": Style("#6A1B9A", (7, 1, 0), "-", 1.5), "CrowdForget, fast": Style("#CC7700", (9, 1, 0), "-", 1.5)}
 
 STYLE = MODELS | METHODS
 

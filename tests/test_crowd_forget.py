@@ -431,3 +431,39 @@ def test_what_cannot_work_is_said_before_the_first_step(mllm, request_):
     with pytest.raises(InputError, match="found by comparing with retained people, and lambda_ret is 0; set it above 0, or reset to 0.$"): crowd_forget(reset=.1, lambda_ret=0.).unlearn(mllm, request_)
     with pytest.raises(InputError, match="^An edit solves for the projector's last layer, and parts are vision; projector must be among them.$"): crowd_forget(edit=.1, parts=("vision",)).unlearn(mllm, request_)
     with pytest.raises(InputError, match="^An edit leaves pictures that are held where they are, and there are none"): crowd_forget(edit=.1, lambda_ret=0., lambda_gen=0.).unlearn(mllm, request_)
+
+# What identity does not read stays
+
+def test_directions_are_those_in_which_the_person_s_own_words_are_read(mllm, request_):
+    work = crowd_forget(lambda_still=1., directions=3)._begin(mllm, request_, None)
+    p, items = work.prepared, rows(work.forget, range(len(work.forget)))
+    C = 0.
+    for i in np.random.default_rng([0, 9]).permutation(len(items))[:240]:  # one record after the other
+        z = p.still[p.shown[i]].clone().requires_grad_()
+        batch = encode(mllm, [items[i]])
+        at = (batch["labels"][0] != -100).nonzero()[:, 0]
+        with cvf.seeing(mllm, [z]): log_p = mllm.model(**batch).logits[0].log_softmax(1)[at - 1]
+        if not p.own[i].any(): continue
+        g, = torch.autograd.grad(-log_p.gather(1, p.tokens[i][:, None])[p.own[i]].sum(), z)
+        C = C + g.T@g
+    values, vectors = torch.linalg.eigh(C)
+    assert torch.allclose(p.free@p.free.T, torch.eye(3), atol=1e-5)
+    assert float(((C@p.free.T)*p.free.T).sum()) == pytest.approx(float(values[-3:].sum()), rel=1e-3)
+    with pytest.raises(InputError, match="^directions is 64, and a picture's features at the projector have 64; it must be less.$"): crowd_forget(lambda_still=1., directions=64)._begin(mllm, request_, None)
+
+def test_only_what_lies_beside_the_directions_is_held(mllm, request_):
+    method, work, forget, retain = begun(mllm, request_, lambda_still=2.)
+    plain = crowd_forget()
+    assert method.loss(work, forget, retain)[1]["still"].item() == pytest.approx(0, abs=1e-9)
+    moved(work)
+    loss, logged = method.loss(work, forget, retain)
+    free, index = work.prepared.free, forget.index[:4]
+    now = cvf.all_features(work.mllm, work.prepared.pictures)["projector"]
+    was = cvf.all_features(mllm, work.prepared.pictures)["projector"]
+    of = [work.prepared.shown[i] for i in index]
+    rest = [(now[i] - was[i]) - (now[i] - was[i])@free.T@free for i in of]
+    expected = sum(float(r.square().sum()) for r in rest)/sum(float(was[i].square().sum()) for i in of)
+    assert logged["still"].item() == pytest.approx(expected, rel=1e-3) and expected > 0
+    assert loss.item() == pytest.approx(plain.loss(work, forget, retain)[0].item() + 2*expected, rel=1e-4)
+    work.prepared.free = torch.eye(free.shape[1])  # all directions are free
+    assert method.loss(work, forget, retain)[1]["still"].item() == pytest.approx(0, abs=1e-6)
