@@ -22,7 +22,7 @@ from mmu_study.models import TinyLlava, tiny_llava
 from mmu_study.protocols import pulse
 from mmu_study.records import ForgetRequest, table, thin, where
 from mmu_study.settings import InputError
-from mmu_study.training import Recipe, finetune
+from mmu_study.training import Diverged, Recipe, finetune
 
 @pytest.fixture(scope="module")
 def world(): return Faceworld.preset("smoke", strangers=10, views=4)
@@ -447,7 +447,7 @@ def test_directions_are_those_in_which_the_person_s_own_words_are_read(mllm, req
         g, = torch.autograd.grad(-log_p.gather(1, p.tokens[i][:, None])[p.own[i]].sum(), z)
         C = C + g.T@g
     values, vectors = torch.linalg.eigh(C)
-    assert torch.allclose(p.free@p.free.T, torch.eye(3), atol=1e-5)
+    assert torch.allclose(p.free@p.free.T, torch.eye(3), atol=1e-5) and p.share == pytest.approx(float(values[-3:].sum()/values.sum()), rel=1e-3)
     assert float(((C@p.free.T)*p.free.T).sum()) == pytest.approx(float(values[-3:].sum()), rel=1e-3)
     with pytest.raises(InputError, match="^directions is 64, and a picture's features at the projector have 64; it must be less.$"): crowd_forget(lambda_still=1., directions=64)._begin(mllm, request_, None)
 
@@ -467,3 +467,11 @@ def test_only_what_lies_beside_the_directions_is_held(mllm, request_):
     assert loss.item() == pytest.approx(plain.loss(work, forget, retain)[0].item() + 2*expected, rel=1e-4)
     work.prepared.free = torch.eye(free.shape[1])  # all directions are free
     assert method.loss(work, forget, retain)[1]["still"].item() == pytest.approx(0, abs=1e-6)
+
+def test_directions_are_refused_where_nothing_is_read(mllm, request_):
+    work = crowd_forget()._begin(mllm, request_, None)
+    p, items = work.prepared, rows(work.forget, range(5))
+    z = [cvf.all_features(mllm, p.pictures)["projector"][p.shown[i]] for i in range(5)]
+    with pytest.raises(InputError, match="^No token of an answer is the person's own, so nothing is read of who it is; a lower margin may find some.$"): cf.who_is_read(mllm, items, z, [torch.zeros_like(o) for o in p.own[:5]], 3)
+    with pytest.raises(Diverged, match="^CrowdForget: the gradient of what the model says of a person is not finite"): cf.who_is_read(mllm, items, [t*float("nan") for t in z], [torch.ones_like(o) for o in p.own[:5]], 3)
+    assert all(w.requires_grad for w in mllm.model.parameters())
