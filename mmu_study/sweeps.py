@@ -150,7 +150,7 @@ def total(
 ) -> str:
     "One line: how many runs there are in which state."
     counts = table.state.value_counts()
-    return f"{len(table)} run{'s'*(len(table) > 1)}: " + ", ".join(f"{counts[s]} {s}" for s in ("done", "running", "failed", "missing") if s in counts)
+    return f"{len(table)} run{'s'*(len(table) != 1)}" + ": "*(len(table) > 0) + ", ".join(f"{counts[s]} {s}" for s in ("done", "running", "failed", "missing") if s in counts)
 
 # %% ../nbs/runs/32_sweeps.ipynb #014f11be
 def _likely(done: list[dict], notebook: Path, wanted: dict) -> float:
@@ -190,7 +190,7 @@ def plan(
     for r in found:
         label, known = " ".join(f"{n}={r['parameters'][n]}" for n in varies if n in r["parameters"]), state_of(GridRun(Path(r["notebook"]), r["parameters"], folder/r["key"], ""))
         rows.append(dict(notebook=Path(r["notebook"]).stem, label=label, state=known["state"], seconds=known["seconds"] if known["state"] == "done" else _likely(done, Path(r["notebook"]), r["parameters"]), gib=_gib(r["parameters"])))
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["notebook", "label", "state", "seconds", "gib"])  # a page may ask for no run
 
 # %% ../nbs/runs/32_sweeps.ipynb #ebc20f87
 class _Progress:

@@ -123,6 +123,7 @@ def test_a_plan_executes_nothing(tmp_path, said):
     assert run("study", "page")[0] == 0 and len(Path("log").read_text().splitlines()) == 2
     out = said("study", "page", "-p", "seeds", "[1, 2, 3]", "--plan")[1].splitlines()
     assert out[0] == "page: 3 runs: 2 done, 1 missing" and out[-1].startswith("left: 1 run, about 0 minutes") and "unknown" not in out[-1]
+    assert said("study", "page", "-p", "seeds", "[]", "--plan")[1].splitlines()[::2] == ["page: 0 runs", "left: 0 runs, about 0 minutes one after the other"]
 
 def test_ones_own_checkpoint_is_unlearned_and_scored(tmp_path, said, checkpoint, benchmark):
     code, out, _ = said("unlearn", "--model", checkpoint, "--benchmark", benchmark, "--method", "graddiff", "--set", "lora=0", "--set", "steps=2", "--set", "parts=[language]", "--set", "lr=1e-2", "--out", "new")
