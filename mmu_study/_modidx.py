@@ -342,6 +342,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'mmu_study/methods/crowd_forget.py'),
                                                 'mmu_study.methods.crowd_forget.CrowdForget._look': ( 'methods/crowd_forget.html#crowdforget._look',
                                                                                                       'mmu_study/methods/crowd_forget.py'),
+                                                'mmu_study.methods.crowd_forget.CrowdForget._looks': ( 'methods/crowd_forget.html#crowdforget._looks',
+                                                                                                       'mmu_study/methods/crowd_forget.py'),
                                                 'mmu_study.methods.crowd_forget.CrowdForget._others': ( 'methods/crowd_forget.html#crowdforget._others',
                                                                                                         'mmu_study/methods/crowd_forget.py'),
                                                 'mmu_study.methods.crowd_forget.CrowdForget._reset': ( 'methods/crowd_forget.html#crowdforget._reset',

@@ -146,7 +146,7 @@ _TOWER = (lambda v: bool(v) and {*v} <= {*LEVELS}, f"some of {', '.join(LEVELS)}
 _RULES = dict(
     parts=_TOWER, forget_on=(lambda v: tuple(v) == ("vqa",), "vqa, since questions without a picture keep their answers"), retain_on=(lambda v: tuple(v) == ("vqa",), "vqa, since only pictures are retained"),
     lora=(lambda v: v == 0, "0, because full weights are moved"), basin=(lambda v: 0 <= v <= 1, "a share, 0 to 1"),
-    **dict.fromkeys(("crowd", "pool", "asked", "inner_facts", "directions"), (lambda v: v >= 1, "1 or more")), reset=(lambda v: 0 <= v < 1, "a share, from 0 to below 1"), **dict.fromkeys(("cap", "inner_lr"), POSITIVE), margin=(lambda v: v >= 1, "1 or more"),
+    **dict.fromkeys(("crowd", "pool", "asked", "inner_facts", "looks", "directions"), (lambda v: v >= 1, "1 or more")), reset=(lambda v: 0 <= v < 1, "a share, from 0 to below 1"), **dict.fromkeys(("cap", "inner_lr"), POSITIVE), margin=(lambda v: v >= 1, "1 or more"),
     **dict.fromkeys(("lambda_who", "lambda_say", "scramble", "lambda_earlier", "edit", "push", "lambda_look", "lambda_still", "lambda_ret", "lambda_gen", "lambda_shift", "lambda_inner", "inner_steps"), NOT_NEGATIVE))
 
 _EMBEDDED = dict(lr=6e-4,  # chosen on the quick world (figures/tuning_crowd_forget)
@@ -178,6 +178,7 @@ class CrowdForget(GradientMethod):
     directions: int = 16  # in which they may move, out of the width of the projector; ours
     questions: tuple[str, ...] = ()  # perception questions to be asked; empty: those that come with the generic pictures
     asked: int = 8  # of them about every picture, drawn by `seed`; ours
+    looks: int = 1  # of those in a step, for every identity question; the prototype's
     lambda_ret: float = 10.  # weight of the feature distance of retained pictures; the prototype's
     lambda_gen: float = 10.  # that of generic pictures; the prototype's
     inner_steps: int = 0  # an adversary relearns for so many steps before it begins anew; 0: none. Tamper resistance by first-order meta-learning (TAR, arXiv 2408.00761)
@@ -197,7 +198,7 @@ class CrowdForget(GradientMethod):
         "embedded": _EMBEDDED,
         "embedded-deep": dict(_EMBEDDED, **_TOUGH, deep=True, lambda_say=20., lambda_inner=.3),  # chosen among few on validation questions of the quick world 3, see the end of the page
         "embedded-fast": dict(_EMBEDDED, **_HELD, edit=.01, steps=60),  # solved for, then corrected; likewise
-        "embedded-firm": dict(_EMBEDDED, **_TOUGH, lr=1e-3, lambda_inner=.3, lambda_still=10.),  # likewise, with half of the looks asked
+        "embedded-firm": dict(_EMBEDDED, **_TOUGH, lr=1e-3, looks=2, lambda_inner=.3, lambda_still=10.),  # likewise
         "embedded-tough": dict(_EMBEDDED, **_TOUGH, lr=2e-3)}  # against an adversary that counts fully; the prototype's rate, not tuned
     GRIDS = {"checkpoint": [dict(lr=v) for v in (1e-5, 2e-5, 3e-5)],  # Open-MMUnlearning's grid, shared by its methods
         **dict.fromkeys(("embedded", "embedded-deep", "embedded-fast", "embedded-firm", "embedded-tough"), [dict(lr=v) for v in (1e-4, 3e-4, 6e-4, 1e-3, 2e-3, 4e-3)])}  # around the prototype's rate
@@ -206,6 +207,9 @@ class CrowdForget(GradientMethod):
 
     @property
     def label(self): return "CrowdForget" + (", deep" if self.deep else ", firm" if self.lambda_still else ", tough" if self.inner_steps else ", fast" if self.edit else "")
+
+    @property
+    def _looks(self): return self.looks*(self.lambda_look > 0)
 
     @property
     def retains(self): return self.lambda_ret > 0 or self.deep
@@ -389,11 +393,11 @@ class CrowdForget(GradientMethod):
                 named[n].add_((made@across).to(named[n]))
 
     def batches(self, work, records, size, stream):
-        "Identity questions, and as many perception questions about the same pictures (index: B records, then B questions); and pictures that stay, retained and generic."
+        "Identity questions, and for each `looks` perception questions about the same picture (index: B records, then the questions, B at a time); and pictures that stay, retained and generic."
         p, rng = work.prepared, np.random.default_rng([self.seed, stream, 1])
         if stream == 0:
             for index in passes(len(records), size, [self.seed, 0]):
-                looks = [rng.choice(p.looks[p.shown[i]]) for i in index] if self.lambda_look else []
+                looks = [rng.choice(p.looks[p.shown[i]]) for _ in range(self._looks) for i in index]
                 yield Batch(np.array([*index, *looks]), encode(work.mllm, rows(records, index) + [p.asked[i] for i in looks]))
         kinds = [n for n in (p.retained, len(p.held) - p.retained) if n]
         orders = [passes(n, size, [self.seed, 1, k]) for k, n in enumerate(kinds)]
@@ -403,13 +407,13 @@ class CrowdForget(GradientMethod):
             yield Batch(index, p.held.batch(work.mllm, index))
 
     def loss(self, work, forget, retain):
-        p, (index, *looks) = work.prepared, np.split(forget.index, 1 + bool(self.lambda_look))
+        p, b = work.prepared, len(forget.index)//(1 + self._looks)
+        index, looks = forget.index[:b], forget.index[b:]
         with _Inputs(p.layers if self.lambda_shift else {}) as inputs: out = read(work.mllm, forget.tensors)
-        b = len(index)
         who, ce = self._who(p, out, index)
         loss, logged = self.lambda_who*who, dict(forget_loss=ce, who=who)
         if self.lambda_look:
-            now, then = out.log_p[b:][out.is_answer[b:]], torch.cat([p.seen[i] for i in looks[0]]).to(out.log_p)
+            now, then = out.log_p[b:][out.is_answer[b:]], torch.cat([p.seen[i] for i in looks]).to(out.log_p)
             logged["look"] = F.kl_div(now, then, reduction="none").sum(1).mean()
             loss = loss + self.lambda_look*logged["look"]
         if self.deep:
@@ -429,7 +433,7 @@ class CrowdForget(GradientMethod):
             logged["still"] = feature_distance(*([_beside(f.float(), p.free) for f in of] for of in (now, then)), scale=then)
             loss = loss + self.lambda_still*logged["still"]
         if self.lambda_shift:
-            at, apart = np.tile(p.shown[index], 1 + bool(self.lambda_look)), 0.
+            at, apart = np.tile(p.shown[index], 1 + self._looks), 0.
             for n, x in inputs.items(): apart = apart + (x.reshape(len(at), -1, x.shape[-1]).float() - p.moved_to[n][at]).square().sum(2).mean()/p.scale[n]
             logged["shift"] = apart/len(inputs)
             loss = loss + self.lambda_shift*logged["shift"]
