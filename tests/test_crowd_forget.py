@@ -475,3 +475,17 @@ def test_directions_are_refused_where_nothing_is_read(mllm, request_):
     with pytest.raises(InputError, match="^No token of an answer is the person's own, so nothing is read of who it is; a lower margin may find some.$"): cf.who_is_read(mllm, items, z, [torch.zeros_like(o) for o in p.own[:5]], 3)
     with pytest.raises(Diverged, match="^CrowdForget: the gradient of what the model says of a person is not finite"): cf.who_is_read(mllm, items, [t*float("nan") for t in z], [torch.ones_like(o) for o in p.own[:5]], 3)
     assert all(w.requires_grad for w in mllm.model.parameters())
+
+def test_several_perception_questions_for_each_identity_question(mllm, request_):
+    method, work, forget, retain = begun(mllm, request_, looks=2, asked=4)
+    p, (index, *looks) = work.prepared, np.split(forget.index, 3)
+    for some in looks: assert [p.asked[i]["picture"] for i in some] == p.shown[index].tolist()
+    assert len(forget.tensors["input_ids"]) == 12
+    moved(work)
+    *_, logged = method.loss(work, forget, retain)
+    apart = []
+    for i in np.concatenate(looks):  # one question after the other
+        said, _ = cf.spoken(work.mllm, [p.asked[i]])
+        apart += [float((q*(q.clamp(min=1e-20)/now).log()).sum()) for q, now in zip(p.seen[i], said[0])]
+    assert logged["look"].item() == pytest.approx(np.mean(apart), rel=1e-3, abs=1e-4)
+    assert crowd_forget(lambda_look=0., looks=2)._looks == 0 and len(begun(mllm, request_, lambda_look=0., looks=2)[2].index) == 4
