@@ -468,11 +468,12 @@ def test_only_what_lies_beside_the_directions_is_held(mllm, request_):
     work.prepared.free = torch.eye(free.shape[1])  # all directions are free
     assert method.loss(work, forget, retain)[1]["still"].item() == pytest.approx(0, abs=1e-6)
 
-def test_directions_are_refused_where_nothing_is_read(mllm, request_):
+def test_no_direction_is_free_where_nothing_is_read(mllm, request_):
     work = crowd_forget()._begin(mllm, request_, None)
     p, items = work.prepared, rows(work.forget, range(5))
     z = [cvf.all_features(mllm, p.pictures)["projector"][p.shown[i]] for i in range(5)]
-    with pytest.raises(InputError, match="^No token of an answer is the person's own, so nothing is read of who it is; a lower margin may find some.$"): cf.who_is_read(mllm, items, z, [torch.zeros_like(o) for o in p.own[:5]], 3)
+    free, share = cf.who_is_read(mllm, items, z, [torch.zeros_like(o) for o in p.own[:5]], 3)
+    assert free.shape == (0, z[0].shape[1]) and share == 0 and torch.equal(cf._beside(z[0], free), z[0])  # nothing is read, so nothing is free
     with pytest.raises(Diverged, match="^CrowdForget: the gradient of what the model says of a person is not finite"): cf.who_is_read(mllm, items, [t*float("nan") for t in z], [torch.ones_like(o) for o in p.own[:5]], 3)
     assert all(w.requires_grad for w in mllm.model.parameters())
 

@@ -78,10 +78,10 @@ def who_is_read(
     seed: int = 0,
 ) -> tuple[torch.Tensor, float]:  # [k, width], orthonormal; and their share of the gradient's second moment
     """The directions, the same for all tokens of a picture, in which its features change most what the person's own tokens cost: largest second moments of the gradient of a record's sum.
-    `InputError` if they are as many as the features are wide or nothing is the person's own, `Diverged` if a gradient is not finite."""
+    None, if nothing is the person's own. `InputError` if they are as many as the features are wide, `Diverged` if a gradient is not finite."""
     if k >= (width := places[0].shape[1]): raise InputError(f"directions is {k}, and a picture's features at the projector have {width}; it must be less.")
     chosen = [j for j in np.random.default_rng([seed, 9]).permutation(len(items)) if own[j].any()][:some]
-    if not chosen: raise InputError("No token of an answer is the person's own, so nothing is read of who it is; a lower margin may find some.")
+    if not chosen: return torch.zeros(0, width, device=places[0].device), 0.
     C = torch.zeros(width, width, device=places[0].device)
     for part in (chosen[i:i + size] for i in range(0, len(chosen), size)):
         seen = [places[j].detach().clone().requires_grad_() for j in part]
