@@ -78,7 +78,7 @@ def who_is_read(
     seed: int = 0,
 ) -> tuple[torch.Tensor, float]:  # [k, width], orthonormal; and their share of the gradient's second moment
     """The directions, the same for all tokens of a picture, in which its features change most what the person's own tokens cost: largest second moments of the gradient of a record's sum.
-    None, if nothing is the person's own. `InputError` if they are as many as the features are wide, `Diverged` if a gradient is not finite."""
+    No direction (k is 0) if nothing is the person's own. `InputError` if they are as many as the features are wide, `Diverged` if a gradient is not finite."""
     if k >= (width := places[0].shape[1]): raise InputError(f"directions is {k}, and a picture's features at the projector have {width}; it must be less.")
     chosen = [j for j in np.random.default_rng([seed, 9]).permutation(len(items)) if own[j].any()][:some]
     if not chosen: return torch.zeros(0, width, device=places[0].device), 0.
